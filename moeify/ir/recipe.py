@@ -1,0 +1,119 @@
+"""The recipe: what to make of which block. A frozen dataclass; TOML on disk; command-line flags on top."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moeify.errors import BadRecipe, UnreadableFile
+
+METHOD_DEFAULT = "copy"
+ROUTER_DEFAULT = "softmax-topk"
+
+
+@dataclass(frozen=True)
+class BlockRecipe:
+    """What one block becomes. ``method`` and ``router`` are texts such as ``drop{ratio=0.25}`` (see ``moeify.registry``)."""
+
+    method: str = METHOD_DEFAULT
+    experts: int = 8
+    top_k: int = 2
+    router: str = ROUTER_DEFAULT
+    shared: int = 0  # shared experts, always on
+    shared_gate: bool = False  # gate the shared experts by sigmoid(w x)
+
+    def __post_init__(self) -> None:
+        for name in ("experts", "top_k", "shared"):
+            value, least = getattr(self, name), 0 if name == "shared" else 1
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise BadRecipe(f"{_flag(name)} is {value!r}: it must be a whole number of at least {least}")
+        if self.top_k > self.experts:
+            raise BadRecipe(
+                f"top-k {self.top_k} is larger than the number of experts, {self.experts}",
+                hint=f"choose --top-k between 1 and {self.experts}",
+            )
+        if self.shared_gate and not self.shared:
+            raise BadRecipe("shared-gate gates the shared experts, and there are none", hint="add --shared 1")
+
+
+@dataclass(frozen=True)
+class Recipe(BlockRecipe):
+    """A BlockRecipe for all blocks, which blocks, the seed, and overrides by glob over block paths (later ones win).
+
+    ``blocks`` is ``all``, ``every:N``, ``first:N``, ``last:N`` or a comma-separated list of globs over module paths. ``include``
+    names kinds of blocks that are left alone by default: ``sample`` (one row per example), ``channel`` (token-mixing).
+    """
+
+    blocks: str = "all"
+    include: tuple[str, ...] = ()
+    seed: int = 0
+    overrides: tuple[tuple[str, Mapping[str, Any]], ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for glob, fields in self.overrides:
+            _check_names(fields, _block_fields(), f"override {glob!r}")
+            self._with(fields)
+
+    def for_block(self, path: str) -> BlockRecipe:
+        """The recipe of the block at a module path."""
+        merged: dict[str, Any] = {}
+        for glob, fields in self.overrides:
+            if fnmatch.fnmatchcase(path, glob):
+                merged.update(fields)
+        return self._with(merged)
+
+    def _with(self, fields: Mapping[str, Any]) -> BlockRecipe:
+        base = {name: getattr(self, name) for name in _block_fields()}
+        return BlockRecipe(**{**base, **fields})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON; ``Recipe.from_dict`` reads it back."""
+        data = dataclasses.asdict(self)
+        data["include"] = list(self.include)
+        data["overrides"] = [{"blocks": glob, **fields} for glob, fields in self.overrides]
+        return data
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Recipe:
+        """Raises BadRecipe for keys that do not exist."""
+        data = dict(data)
+        overrides = data.pop("overrides", None) or data.pop("override", None) or []
+        _check_names(data, {f.name for f in dataclasses.fields(cls)}, "recipe")
+        split = []
+        for entry in overrides:
+            entry = dict(entry)
+            if "blocks" not in entry:
+                raise BadRecipe("an override does not say which blocks", hint='add blocks = "encoder.layer.*"')
+            split.append((entry.pop("blocks"), entry))
+        if "include" in data:
+            data["include"] = tuple(data["include"])
+        return cls(**data, overrides=tuple(split))
+
+    @classmethod
+    def from_toml(cls, path: str | Path) -> Recipe:
+        """Read a recipe file: the fields at top level, ``[[override]]`` tables with ``blocks = "glob"``."""
+        try:
+            data = tomllib.loads(Path(path).read_text())
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise UnreadableFile(f"cannot read the recipe {path}: {error}") from error
+        return cls.from_dict({key.replace("-", "_"): value for key, value in data.items()})
+
+
+def _block_fields() -> set[str]:
+    return {f.name for f in dataclasses.fields(BlockRecipe)}
+
+
+def _check_names(data: Mapping[str, Any], known: set[str], where: str) -> None:
+    unknown = sorted(set(data) - known)
+    if unknown:
+        raise BadRecipe(f"the {where} has no field {unknown[0]!r}", hint=f"its fields: {', '.join(sorted(known))}")
+
+
+def _flag(name: str) -> str:
+    return name.replace("_", "-")

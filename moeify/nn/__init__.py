@@ -1,0 +1,1 @@
+"""The module form of a mixture of experts: the layer and its routers."""

@@ -1,0 +1,1 @@
+"""Passes, their log, the rules around them, and the runner."""
