@@ -1,3 +1,37 @@
-"""moeify: dense PyTorch models into sparse Mixture-of-Experts models, with a proof."""
+"""moeify: dense PyTorch models into sparse Mixture-of-Experts models, with a proof.
+
+Importing it registers the ``moe.*`` operators with torch, so that ``torch.export.load`` opens what moeify wrote; everything else is
+imported when it is first asked for.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from moeify.ir import ops as _ops  # noqa: F401  (registers torch.ops.moeify)
 
 __version__ = "0.1.0"
+
+_EXPORTS = {
+    "convert": "moeify.api.convert",
+    "load": "moeify.api.load",
+    "inspect_file": "moeify.api.inspect",
+    "convert_file": "moeify.api.convert",
+    "verify_files": "moeify.api.verify",
+    "Recipe": "moeify.ir.recipe",
+    "Report": "moeify.ir.report",
+    "MoeifyError": "moeify.errors",
+}
+
+__all__ = ["__version__", *_EXPORTS]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _EXPORTS:
+        return getattr(importlib.import_module(_EXPORTS[name]), name)
+    raise AttributeError(f"module 'moeify' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

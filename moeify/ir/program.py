@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -84,13 +84,21 @@ class Program:
             delattr(module, leaf)
         module.register_parameter(leaf, nn.Parameter(value, requires_grad=requires_grad and value.is_floating_point()))
 
+    def set_buffer(self, name: str, value: torch.Tensor) -> None:
+        """Add or replace a buffer (saved with the state_dict, not trained)."""
+        self.set_parameter(name, value, requires_grad=False)
+        owner, _, leaf = name.rpartition(".")
+        module = self.graph_module.get_submodule(owner)
+        delattr(module, leaf)
+        module.register_buffer(leaf, value)
+
     def add_recipe(self, recipe: WeightRecipe) -> None:
         """A new parameter on the meta device whose value ``materialise`` will compute."""
         self.pending[recipe.name] = recipe
         self.set_parameter(recipe.name, torch.empty(recipe.shape, dtype=recipe.dtype, device="meta"))
 
-    def materialise(self) -> None:
-        """Compute every pending parameter, one at a time, in order.
+    def materialise(self, done: Callable[[str], None] | None = None) -> None:
+        """Compute every pending parameter, one at a time, in order; ``done`` hears of each.
 
         A dense parameter is dropped when the last recipe that reads it is done and the graph no longer reads it, so the peak
         is the dense and the new weights once.
@@ -107,6 +115,8 @@ class Program:
                 left[source] -= 1
                 if not left[source] and source not in readers:
                     self.drop_parameter(source)
+            if done is not None:
+                done(name)
 
     def drop_parameter(self, name: str) -> None:
         owner, _, leaf = name.rpartition(".")

@@ -1,1 +1,17 @@
 """Passes, their log, the rules around them, and the runner."""
+
+from moeify.registry import Registry
+
+PASSES = Registry(
+    "pass",
+    {
+        "canonicalize": "moeify.passes.canonicalize:Canonicalize",
+        "find-ffn": "moeify.passes.find_ffn:FindFfn",
+        "select": "moeify.passes.select:Select",
+        "make-experts": "moeify.passes.make_experts:MakeExperts",
+        "route": "moeify.passes.route:Route",
+        "lower-experts": "moeify.passes.lower_experts:LowerExperts",
+        "fuse-dispatch": "moeify.passes.fuse_dispatch:FuseDispatch",
+        "clean-up": "moeify.passes.clean_up:CleanUp",
+    },
+)

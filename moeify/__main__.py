@@ -1,0 +1,5 @@
+"""``python -m moeify``."""
+
+from moeify.cli.main import run
+
+run()

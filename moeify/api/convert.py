@@ -1,0 +1,215 @@
+"""Dense in, verified mixture of experts out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from moeify import frontend, surgery
+from moeify.api import data as data_files
+from moeify.api import reporting
+from moeify.api.progress import Progress, Silent
+from moeify.backends import BACKENDS
+from moeify.errors import NoBlocks, OutputNotWritten, UsageError, VerificationFailed
+from moeify.ir.printer import program_text
+from moeify.ir.program import Program
+from moeify.ir.recipe import Recipe
+from moeify.ir.report import Report
+from moeify.pipeline import PASSES
+from moeify.pipeline.base import Pass
+from moeify.pipeline.default import FIND, REWRITE
+from moeify.pipeline.runner import run
+from moeify.verify.measure import Recording, tolerance_for
+
+Show = Callable[[str, str], None]
+
+
+@dataclass
+class Dumps:
+    """Which intermediate programs are printed or written, and where they go."""
+
+    show: Show | None = None
+    passes: Sequence[str] = ()
+    everything: bool = False
+    folder: Path | None = None
+    _count: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        for name in self.passes:
+            PASSES.cls(name)  # an unknown name is an error before any work
+        if self.folder is not None:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise OutputNotWritten(f"cannot make the folder {self.folder}: {error.strerror}") from error
+
+    def after(self, one: Pass, program: Program) -> None:
+        self._count += 1
+        wanted = self.show is not None and (self.everything or one.name in self.passes)
+        if not wanted and self.folder is None:
+            return
+        text = program_text(program, title=f"after {one}")
+        if wanted and self.show is not None:
+            self.show(f"after {one}", text)
+        if self.folder is not None:
+            (self.folder / f"{self._count:02d}-{one.name}.txt").write_text(text)
+
+
+def convert_file(
+    model: str | Path,
+    output: str | Path | None,
+    recipe: Recipe,
+    *,
+    inputs: Sequence[str] = (),
+    data: str | Path | None = None,
+    factory: str | None = None,
+    allow: Sequence[str] = (),
+    progress: Progress | None = None,
+    print_after: Sequence[str] = (),
+    print_after_all: bool = False,
+    dump_dir: str | Path | None = None,
+    show: Show | None = None,
+) -> Report:
+    """``moeify convert``: read a model file, convert it by the recipe, verify, write ``output`` (a ``.pt2``).
+
+    ``output`` None verifies and writes nothing. Raises a MoeifyError of the cause; nothing is written then.
+    """
+    started = time.perf_counter()
+    progress = progress or Silent()
+    dumps = Dumps(show, print_after, print_after_all, Path(dump_dir) if dump_dir else None)
+    if output is not None:
+        _check_output(Path(output))
+    program, notes = captured(model, inputs, factory, allow, progress)
+    program.recipe = recipe
+    batch = data_files.read(data, program.inputs) if data else program.example
+    report = rewrite(program, batch, str(model), progress, dumps)
+    report.notes = notes + report.notes
+    report.seconds = time.perf_counter() - started
+    if output is not None:
+        progress.stage(f"writing {output}")
+        report.output = str(output)
+        BACKENDS.parse("pt2").write(program, report, Path(output))
+    report.seconds = time.perf_counter() - started
+    return report
+
+
+def convert(
+    model: nn.Module,
+    recipe: Recipe | None = None,
+    *,
+    inputs: Sequence[str] | Mapping[str, torch.Tensor] | tuple[torch.Tensor, ...] | None = None,
+    data: tuple[torch.Tensor, ...] | None = None,
+    form: str = "module",
+    **fields: Any,
+) -> nn.Module:
+    """Turn the FFN blocks of ``model`` into mixtures of experts.
+
+    ``form="module"`` returns the same object with its FFN submodules replaced in place, so generate(), Trainer and hooks go
+    on working; ``form="graph"`` returns a torch.fx graph of the whole model and leaves ``model`` alone. ``recipe`` or its fields as
+    keywords (``experts=8, top_k=2, method="copy"``) say what to make. ``inputs`` are example tensors (by name or in order) or specs
+    such as ``"input_ids=int64[batch=2,seq=16]"``; without them they are guessed. ``data`` replaces the example in verification.
+    The result carries the ``Report`` as ``moeify_report``. Raises VerificationFailed before the model is touched.
+    """
+    if form not in ("module", "graph"):
+        raise UsageError(f"there is no form {form!r}", hint="choose 'module' or 'graph'")
+    if recipe is not None and fields:
+        raise UsageError("give a recipe or its fields, not both")
+    program = frontend.capture(model, inputs)
+    program.recipe = recipe if recipe is not None else Recipe(**fields)
+    report = rewrite(program, data or program.example, type(model).__name__, Silent(), Dumps())
+    if form == "graph":
+        from moeify.api.load import trainable
+
+        return trainable(program, report)
+    result = surgery.apply(model, program)
+    result.moeify_report = report  # type: ignore[assignment]
+    return result
+
+
+def find(program: Program) -> None:
+    """Run the finding half of the pipeline. Raises NoBlocks with the nearest misses when nothing is to be converted."""
+    run(program, FIND)
+    require_blocks(program)
+
+
+def require_blocks(program: Program) -> None:
+    if program.converted():
+        return
+    nearest = [f"{b.path}: {b.reason}" for b in program.blocks if b.reason]
+    nearest += [f"{miss.path}: {miss.reason}" for miss in program.near_misses]
+    if not nearest:
+        raise NoBlocks(
+            "no feed-forward block was found, and nothing that comes near one",
+            hint="moeify looks for linear, activation, linear over the feature axis, with a residual around it",
+        )
+    shown = "".join(f"\n    {line}" for line in nearest[:5])
+    more = f"\n    ... and {len(nearest) - 5} more" if len(nearest) > 5 else ""
+    raise NoBlocks(f"no feed-forward block to convert; nearest misses:{shown}{more}")
+
+
+def rewrite(program: Program, batch: tuple[torch.Tensor, ...], model: str, progress: Progress, dumps: Dumps) -> Report:
+    """Find, rewrite and verify a captured program in place. Raises VerificationFailed when an exact method is not."""
+    progress.stage("finding feed-forward blocks")
+    run(program, FIND, dumps.after)
+    require_blocks(program)
+    report = reporting.describe(program, model)
+    progress.stage("recording the dense model")
+    dense = Recording(program, batch)
+    progress.stage("rewriting")
+    run(program, REWRITE, dumps.after)
+    progress.stage("computing expert weights", total=len(program.pending))
+    program.materialise(lambda name: progress.advance())
+    reporting.complete(report, program)
+    progress.stage("verifying")
+    _verify(report, program, dense)
+    return report
+
+
+def _verify(report: Report, program: Program, dense: Recording) -> None:
+    report.tolerance = tolerance_for(program)
+    errors = dense.block_errors(program)
+    converted = [entry for entry in report.blocks if entry.converted]
+    for entry in converted:
+        entry.relative_error = errors[entry.anchor]
+    report.model_relative_error = dense.model_error(program)
+    report.max_relative_error = max([report.model_relative_error, *errors.values()])
+    for entry in converted:
+        if entry.exact and not errors[entry.anchor] <= report.tolerance:
+            raise VerificationFailed(
+                f"{entry.method} with {entry.router} promises to keep the function, and the relative error is "
+                f"{errors[entry.anchor]:.1e}, above {report.tolerance:.0e}",
+                where=entry.path,
+                hint="nothing was written; this is a bug in moeify: please report it",
+            )
+    if all(entry.exact for entry in converted) and not report.model_relative_error <= report.tolerance:
+        raise VerificationFailed(
+            f"every block is within {report.tolerance:.0e} of the dense one and the whole model is off by "
+            f"{report.model_relative_error:.1e}",
+            hint="nothing was written; the model amplifies rounding: try it in float64, or with other inputs (--data)",
+        )
+    report.verified = True
+
+
+def captured(
+    model: str | Path, inputs: Sequence[str], factory: str | None, allow: Sequence[str], progress: Progress
+) -> tuple[Program, list[str]]:
+    """The program of a model file and the notes of its reading; the dense module itself is let go."""
+    progress.stage(f"reading {model}")
+    loaded = frontend.load(model, factory=factory, allow=allow)
+    progress.stage("capturing the graph")
+    program = frontend.capture(loaded.module, inputs or None)
+    program.provenance.update(source=str(loaded.path), kind=loaded.kind, sha256=loaded.sha256)
+    return program, list(loaded.notes)
+
+
+def _check_output(path: Path) -> None:
+    if not path.parent.is_dir():
+        raise OutputNotWritten(f"cannot write {path}: the folder {path.parent} does not exist")
+    if path.is_dir():
+        raise OutputNotWritten(f"cannot write {path}: it is a folder")

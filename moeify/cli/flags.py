@@ -1,0 +1,60 @@
+"""From recipe flags to a Recipe."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from moeify.errors import BadOption
+from moeify.ir.recipe import BlockRecipe, Recipe
+
+_SET = "write --set 'encoder.layer.0*:experts=4,top-k=1'"
+
+
+def recipe(file: Path | None, overrides: Sequence[str], include: Sequence[str], **flags: Any) -> Recipe:
+    """The recipe file's recipe with every flag that was given in its place; --set entries come after the file's.
+
+    Raises BadOption for a --set that does not parse and whatever Recipe raises.
+    """
+    base = Recipe.from_toml(file) if file else Recipe()
+    given = {name: value for name, value in flags.items() if value is not None}
+    if include:
+        given["include"] = tuple(include)
+    if overrides:
+        given["overrides"] = base.overrides + tuple(override(text) for text in overrides)
+    return dataclasses.replace(base, **given)
+
+
+def override(text: str) -> tuple[str, dict[str, Any]]:
+    """``GLOB:field=value,field=value``; a value may hold commas inside braces, as in ``drop{ratio=0.25,...}``."""
+    glob, colon, fields = text.partition(":")
+    if not (glob and colon and fields):
+        raise BadOption(f"cannot read --set {text!r}", hint=_SET)
+    return glob.strip(), dict(_field(item, text) for item in re.split(r",(?![^{]*\})", fields))
+
+
+def _field(item: str, text: str) -> tuple[str, Any]:
+    name, equals, value = (part.strip() for part in item.partition("="))
+    name = name.replace("-", "_")
+    kinds = get_type_hints(BlockRecipe)
+    if name not in kinds:
+        known = ", ".join(sorted(kind.replace("_", "-") for kind in kinds))
+        raise BadOption(
+            f"--set {text!r} names a field that does not exist: {name!r}", hint=f"its fields: {known}"
+        )
+    if not equals and kinds[name] is bool:
+        return name, True
+    try:
+        return name, {int: int, str: str, bool: _truth}[kinds[name]](value)
+    except (KeyError, ValueError):
+        wanted = {int: "a whole number", bool: "true or false"}.get(kinds[name], "a value")
+        raise BadOption(
+            f"--set {text!r} wants {wanted} for {name.replace('_', '-')}, not {value!r}", hint=_SET
+        ) from None
+
+
+def _truth(text: str) -> bool:
+    return {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}[text.lower()]

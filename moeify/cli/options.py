@@ -1,0 +1,70 @@
+"""The options that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL", help="A .pt, a .pt2, a state_dict with --factory, or a Hugging Face folder."
+    ),
+]
+Inputs = Annotated[
+    list[str],
+    typer.Option(
+        "--input", metavar="SPEC", help="An example input: 'input_ids=int64[batch=2,seq=16]'. Repeatable."
+    ),
+]
+Data = Annotated[
+    Path | None,
+    typer.Option("--data", metavar="FILE", help="Tensors by input name to verify on, instead of random."),
+]
+Factory = Annotated[
+    str | None,
+    typer.Option("--factory", metavar="pkg.mod:fn", help="Builds the module that a state_dict belongs to."),
+]
+Allow = Annotated[
+    list[str],
+    typer.Option(
+        "--allow", metavar="pkg.mod", help="Trust the classes of this module in a pickle. Repeatable."
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show warnings, and the traceback of a bug.")]
+
+Method = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="How experts are made, see 'moeify methods'.  [copy]"),
+]
+Experts = Annotated[int | None, typer.Option(metavar="N", help="Experts per block.  [8]")]
+TopK = Annotated[int | None, typer.Option("--top-k", metavar="K", help="Experts each token goes to.  [2]")]
+Router = Annotated[
+    str | None, typer.Option(metavar="NAME", help="Who chooses them, see 'moeify routers'.  [softmax-topk]")
+]
+Shared = Annotated[int | None, typer.Option(metavar="N", help="Experts that are always on.  [0]")]
+SharedGate = Annotated[
+    bool | None,
+    typer.Option("--shared-gate/--no-shared-gate", help="Gate the shared experts by sigmoid(w x)."),
+]
+_WHICH = "Which blocks: all, every:N, first:N, last:N, or globs over module paths.  [all]"
+Blocks = Annotated[str | None, typer.Option("--blocks", "--select", metavar="WHICH", help=_WHICH)]
+Select = Annotated[
+    str | None, typer.Option("--select", metavar="WHICH", help=_WHICH)
+]  # inspect's --blocks lists
+Include = Annotated[
+    list[str],
+    typer.Option(metavar="KIND", help="Convert blocks of this kind too: sample, channel. Repeatable."),
+]
+Overrides = Annotated[
+    list[str],
+    typer.Option("--set", metavar="GLOB:FIELD=VALUE,...", help="Another recipe for some blocks. Repeatable."),
+]
+RecipeFile = Annotated[
+    Path | None,
+    typer.Option("--recipe", metavar="FILE", help="A recipe in TOML; flags given here win over it."),
+]
+Seed = Annotated[int | None, typer.Option(metavar="N", help="Of everything random.  [0]")]

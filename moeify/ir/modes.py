@@ -1,0 +1,114 @@
+"""Train and eval mode of a captured graph: the flags that torch.export froze, flipped in place.
+
+A capture in eval mode keeps ``aten.dropout(x, p, False)`` and its kin as nodes, so training is a matter of flags. What
+Python code does in training only (drop path, layer drop) was never captured and does not come back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+# Operator (without overload) -> name of its training flag. moeify's own are named, as their library may not be loaded.
+FLAGS: dict[str, str] = {
+    "aten::dropout": "train",
+    "aten::dropout_": "train",
+    "aten::feature_dropout": "train",
+    "aten::feature_dropout_": "train",
+    "aten::alpha_dropout": "train",
+    "aten::alpha_dropout_": "train",
+    "aten::feature_alpha_dropout": "train",
+    "aten::feature_alpha_dropout_": "train",
+    "aten::native_dropout": "train",
+    "aten::rrelu": "training",
+    "aten::rrelu_": "training",
+    "aten::batch_norm": "training",
+    "aten::_batch_norm_impl_index": "training",
+    "aten::native_batch_norm": "training",
+    "aten::instance_norm": "use_input_stats",
+    "aten::lstm": "train",
+    "aten::gru": "train",
+    "aten::rnn_tanh": "train",
+    "aten::rnn_relu": "train",
+    "moeify::ffn": "train",
+    "moeify::jitter_like": "train",
+    "moeify::normal_like": "train",
+}
+SDPA = "aten::scaled_dot_product_attention"
+# These follow their running statistics; without any they use the batch in both modes and are left alone.
+_NEED_RUNNING_STATS = ("aten::batch_norm", "aten::_batch_norm_impl_index", "aten::native_batch_norm", "aten::instance_norm")
+
+
+def set_training(graph_module: fx.GraphModule, training: bool, attention_dropout: Sequence[float] = ()) -> None:
+    """Flip the training flag of every operator that has one, then recompile.
+
+    ``attention_dropout`` holds ``dropout_p`` of the scaled_dot_product_attention nodes in graph order, as
+    ``Program.provenance["attention_dropout"]`` does; it is used in training and is 0 in eval. Without it attention has no dropout.
+    """
+    attention = [node for node in graph_module.graph.nodes if _name(node) == SDPA]
+    if attention_dropout and len(attention_dropout) != len(attention):
+        raise ValueError(f"{len(attention_dropout)} attention dropouts for {len(attention)} attention nodes")
+    probabilities = list(attention_dropout) or [0.0] * len(attention)
+    for node, probability in zip(attention, probabilities):
+        _set(node, "dropout_p", probability if training else 0.0)
+    for node in graph_module.graph.nodes:
+        flag = FLAGS.get(_name(node))
+        if flag is not None and not _has_no_running_stats(node):
+            _set(node, flag, training)
+    graph_module.recompile()
+
+
+class TrainableGraph(fx.GraphModule):
+    """A captured graph with a train() and eval() that work; parameter names are the user's. Starts in eval mode.
+
+    ``attention_dropout`` is what set_training takes. Parameters, buffers and graph are shared with ``root``, which must not
+    be used afterwards.
+    """
+
+    def __init__(
+        self, root: nn.Module, graph: fx.Graph, class_name: str = "", *, attention_dropout: Sequence[float] = ()
+    ) -> None:
+        super().__init__(root, graph, class_name or type(self).__name__)
+        self.attention_dropout = tuple(attention_dropout)
+        self.train(False)
+
+    def train(self, mode: bool = True) -> TrainableGraph:
+        """Flip the flags of the graph; see set_training."""
+        for module in self.modules():
+            module.training = mode
+        set_training(self, mode, self.attention_dropout)
+        return self
+
+    def eval(self) -> TrainableGraph:
+        return self.train(False)
+
+
+def _name(node: fx.Node) -> str:
+    return str(node.target._schema.name) if isinstance(node.target, torch._ops.OpOverload) else ""
+
+
+def _has_no_running_stats(node: fx.Node) -> bool:
+    return _name(node) in _NEED_RUNNING_STATS and _get(node, "running_mean") is None
+
+
+def _position(node: fx.Node, argument: str) -> int:
+    assert isinstance(node.target, torch._ops.OpOverload)
+    return next(i for i, a in enumerate(node.target._schema.arguments) if a.name == argument)
+
+
+def _get(node: fx.Node, argument: str) -> Any:
+    if argument in node.kwargs:
+        return node.kwargs[argument]
+    position = _position(node, argument)
+    return node.args[position] if position < len(node.args) else None
+
+
+def _set(node: fx.Node, argument: str, value: Any) -> None:
+    position = _position(node, argument)
+    if position < len(node.args):
+        node.update_arg(position, value)
+    else:
+        node.update_kwarg(argument, value)

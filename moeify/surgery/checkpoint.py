@@ -1,0 +1,217 @@
+"""The checkpoint of the module form: a folder of safetensors with ``moeify.json``.
+
+    moeify.json                             format, recipe, blocks, how to rebuild the dense skeleton, provenance, report
+    dense_config.json                       the configuration of a transformers model
+    moeify-00001-of-0000N.safetensors       parameters and persistent buffers, shared ones once
+    moeify-buffers-....safetensors          buffers that state_dict leaves out (rotary frequencies, ...)
+
+No file has a name that transformers' ``from_pretrained`` reads: on this folder it fails instead of drawing new FFNs.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from moeify.errors import BadRecipe, StateDictMismatch, UnreadableFile
+from moeify.ir.recipe import Recipe
+from moeify.surgery import block_json, shards, skeleton
+from moeify.surgery.conversion import Conversion, conversion_of
+from moeify.surgery.folder import MARKER, writing
+from moeify.surgery.replace import rewrite
+from moeify.surgery.tensors import assign, collect
+
+FORMAT = "moeify-module"
+VERSION = 1
+CONFIG = "dense_config.json"
+
+
+def save(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    factory: str | None = None,
+    report: Mapping[str, Any] | None = None,
+) -> None:
+    """Write the checkpoint folder of a model that ``apply`` converted.
+
+    ``factory`` (``pkg.mod:function``) rebuilds the dense model where it is not a transformers model. A folder of ours, an empty
+    one or none is replaced as a whole; anything else is refused. Raises UsageError, Refused, OutputNotWritten.
+    """
+    with writing(Path(folder), is_ours) as fresh:
+        write_files(model, fresh, factory=factory, report=report)
+
+
+def is_ours(name: str) -> bool:
+    """Whether a file of that name may stem from an earlier save."""
+    return name in (MARKER, CONFIG) or (name.startswith("moeify-") and name.endswith(".safetensors"))
+
+
+def write_files(
+    model: nn.Module,
+    folder: Path,
+    *,
+    factory: str | None = None,
+    report: Mapping[str, Any] | None = None,
+    values: Mapping[str, torch.Tensor] | None = None,
+) -> dict[str, str]:
+    """Write the files into an existing folder; gives the shard by tensor name. ``values`` replaces the model's own tensors."""
+    conversion = conversion_of(model)
+    tensors = collect(model)
+    weights = {name: (values or {}).get(name, tensor) for name, tensor in tensors.weights.items()}
+    described, config = skeleton.describe(model, factory or conversion.factory)
+    index = shards.write(weights, folder, "moeify")
+    buffers = shards.write(tensors.buffers, folder, "moeify-buffers")
+    data = {
+        "format": FORMAT,
+        "format_version": VERSION,
+        "skeleton": described,
+        "recipe": conversion.recipe.to_dict(),
+        "blocks": [block_json.to_data(block) for block in conversion.blocks],
+        "token_ids_of": conversion.token_ids_of,
+        "weights": index,
+        "buffers": buffers,
+        "aliases": tensors.aliases,
+        "frozen": tensors.frozen,
+        "versions": _versions(),
+        "provenance": conversion.provenance,
+        "report": dict(report) if report is not None else conversion.report,
+    }
+    if config is not None:
+        (folder / CONFIG).write_text(config)
+    (folder / MARKER).write_text(json.dumps(data, indent=1, default=str) + "\n")
+    return index
+
+
+def load(
+    folder: str | Path, *, factory: skeleton.Factory | str | None = None, allow: Sequence[str] = ()
+) -> nn.Module:
+    """Read a checkpoint folder: the model in eval mode, on the CPU.
+
+    The dense skeleton is built without weights, the recipe is applied to its structure, and the tensors are put in. ``factory``
+    (a function or ``pkg.mod:function``) overrides what the folder says; ``allow`` names modules outside transformers that the
+    folder may import. Raises InputError (UnreadableFile, StateDictMismatch) or UsageError.
+    """
+    folder = Path(folder)
+    data = _read_marker(folder)
+    config_file = folder / CONFIG
+    config = config_file.read_text() if config_file.is_file() else None
+    model = skeleton.rebuild(data["skeleton"], config, factory, allow)
+    try:
+        conversion = Conversion(
+            recipe=Recipe.from_dict(data["recipe"]),
+            blocks=[block_json.from_data(item, model) for item in data["blocks"]],
+            token_ids_of=data["token_ids_of"],
+            provenance=data["provenance"],
+            factory=factory if isinstance(factory, str) else data["skeleton"].get("factory"),
+            report=data["report"],
+        )
+    except (BadRecipe, KeyError, TypeError) as error:
+        raise _not_understood(folder, error) from error
+    rewrite(model, conversion, values=False)
+    _fill(model, folder, data)
+    return model.eval()
+
+
+def _read_marker(folder: Path) -> dict[str, Any]:
+    try:
+        data = json.loads((folder / MARKER).read_text())
+    except FileNotFoundError:
+        raise UnreadableFile(
+            f"{folder} is not a checkpoint folder: it has no {MARKER}", hint="give the folder that save wrote"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise UnreadableFile(f"cannot read {folder / MARKER}: {error}") from error
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        raise UnreadableFile(f"{folder / MARKER} does not describe a checkpoint folder")
+    if data.get("format_version") != VERSION:
+        raise UnreadableFile(
+            f"the checkpoint has format version {data.get('format_version')}, this moeify reads version {VERSION}",
+            where=str(folder),
+            hint="install the version of moeify that wrote it",
+        )
+    missing = [key for key in _KEYS if key not in data]
+    if missing:
+        raise UnreadableFile(f"{folder / MARKER} has no field {missing[0]!r}")
+    return data
+
+
+_KEYS = (
+    "skeleton recipe blocks token_ids_of weights buffers aliases frozen versions provenance report"
+).split()
+
+
+def _fill(model: nn.Module, folder: Path, data: Mapping[str, Any]) -> None:
+    wanted = collect(model)
+    aliases: dict[str, str] = data["aliases"]
+    slots = {**wanted.weights, **{name: wanted.weights[first] for name, first in wanted.aliases.items()}}
+    _compare(set(slots), set(data["weights"]) | set(aliases), folder)
+    also: dict[str, list[str]] = {}
+    for alias, first in aliases.items():
+        also.setdefault(first, []).append(alias)
+    frozen = set(data["frozen"])
+    seen: set[str] = set()
+    for name, tensor in _tensors(folder, data["weights"]):
+        for place in (name, *also.get(name, ())):
+            if slots[place].shape != tensor.shape:
+                raise StateDictMismatch(
+                    f"{place} has shape {list(tensor.shape)} in the checkpoint and {list(slots[place].shape)} in the model",
+                    where=str(folder),
+                )
+        value = tensor
+        if isinstance(slots[name], nn.Parameter):
+            value = nn.Parameter(tensor, requires_grad=name not in frozen)
+        for place in (name, *also.get(name, ())):
+            assign(model, place, value)
+        seen.add(name)
+    _compare(set(data["weights"]), seen, folder)
+    for name, tensor in _tensors(folder, data["buffers"]):
+        if name in wanted.buffers:
+            assign(model, name, tensor)
+
+
+def _tensors(folder: Path, index: Mapping[str, str]) -> Any:
+    for file in sorted(set(index.values())):
+        if Path(file).name != file:
+            raise UnreadableFile(f"the checkpoint names the file {file!r} outside its folder", where=str(folder))
+        for name, tensor in shards.read(folder / file):
+            if index.get(name) == file:
+                yield name, tensor
+
+
+def _compare(wanted: set[str], given: set[str], folder: Path) -> None:
+    problems = [f"missing {_some(wanted - given)}"] if wanted - given else []
+    problems += [f"unexpected {_some(given - wanted)}"] if given - wanted else []
+    if problems:
+        raise StateDictMismatch(
+            f"the checkpoint does not fit its model: {'; '.join(problems)}",
+            where=str(folder),
+            hint="build the model with the code that the checkpoint was written with",
+        )
+
+
+def _some(names: set[str]) -> str:
+    shown = sorted(names)[:3]
+    more = len(names) - len(shown)
+    return ", ".join(shown) + (f" and {more} more" if more else "")
+
+
+def _not_understood(folder: Path, error: Exception) -> UnreadableFile:
+    return UnreadableFile(f"{folder / MARKER} does not make sense: {error}")
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in ("moeify", "torch", "transformers", "safetensors"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,161 @@
+"""Routers in the place of the uniform weights that make-experts leaves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+
+import moeify.ir.ops  # noqa: F401  (defines torch.ops.moeify)
+from moeify.errors import MoeifyError, Refused
+from moeify.experts.planning import plan_block
+from moeify.ir.block import Block
+from moeify.ir.emit import Emitter, fake_result
+from moeify.ir.inline import inline, trace
+from moeify.ir.metadata import tag
+from moeify.ir.program import Program
+from moeify.ir.token_ids import TokenIds, embedded_ids, ids_of_rows
+from moeify.ir.weights import generator_for
+from moeify.nn.routers import ROUTERS
+from moeify.nn.routers.base import Router, RouterSpec
+from moeify.pipeline.base import Log, Pass
+
+_aten = torch.ops.aten
+_DISPATCH = torch.ops.moeify.dispatch_ffn.default
+_PERMUTE = torch.ops.moeify.permute.default
+_UNPERMUTE = torch.ops.moeify.unpermute.default
+
+
+@dataclass(frozen=True)
+class Route(Pass):
+    """Give every mixture its router: ordinary ATen nodes, inlined from the router's module.
+
+    Before:  y_TD = moe.dispatch_ffn(x_TD, all experts, 1 / E, ...)
+    After:   logits = linear(x_TD, router.weight); values, order = sort(logits); ...
+             y_TD = moe.dispatch_ffn(x_TD, experts_TK, weights_TK, ...)
+
+    The router's parameters are ``{anchor}.router.*``, drawn by the router's own ``reset``; a block that is called several times has
+    one router. Refuses a router that needs token ids where no embedded tensor has the shape of the block's rows.
+    """
+
+    name: ClassVar[str] = "route"
+
+    def apply(self, program: Program, log: Log) -> None:
+        routing = {block.anchor: _Routing(program, block) for block in program.converted()}
+        traces: dict[tuple, fx.GraphModule] = {}
+        ids: list[TokenIds] | None = None
+        weights: dict[tuple[str, int], fx.Node] = {}
+        replaced: list[fx.Node] = []
+        for node in list(program.graph.nodes):
+            mark = tag(node)
+            if mark is None or mark.block not in routing or node.op != "call_function":
+                continue
+            if node.target in (_DISPATCH, _PERMUTE):
+                here = routing[mark.block]
+                if here.spec.needs_token_ids and ids is None:
+                    ids = embedded_ids(program.graph)
+                emit = Emitter(program, node, mark.block, mark.call, node)
+                experts_TK, weights_TK = here.inline(emit, node.args[0], ids or [], traces, log)
+                weights[mark.block, mark.call] = weights_TK
+                replaced.append(node.args[1])
+                node.update_arg(1, experts_TK)
+            if node.target in (_DISPATCH, _UNPERMUTE):
+                replaced.append(node.args[2])
+                node.update_arg(2, weights[mark.block, mark.call])
+            if (mark.block, mark.call) in weights:
+                # From here on the rows of the call are T * K, no longer T * E.
+                node.meta["val"] = fake_result(node)
+        for node in replaced:
+            _erase_unread(node)
+        program.graph_module.recompile()
+
+
+@dataclass
+class _Routing:
+    """The router of one block: its module, built and drawn when the first call is reached."""
+
+    program: Program
+    block: Block
+    spec: RouterSpec = field(init=False)
+    router: Router | None = None
+
+    def __post_init__(self) -> None:
+        self.spec = ROUTERS.parse(self.program.recipe.for_block(self.block.path).router)
+        if self.spec.mixes_tokens:
+            raise Refused(
+                f"the {self.spec.name} router mixes tokens, and the model may be causal", where=self.block.path
+            )
+
+    def inline(
+        self, emit: Emitter, x_TD: fx.Node, ids: list[TokenIds], traces: dict[tuple, fx.GraphModule], log: Log
+    ) -> tuple[fx.Node, fx.Node]:
+        args, vocabulary = [x_TD], None
+        if self.spec.needs_token_ids:
+            found = self._token_ids(x_TD, ids)
+            args.append(emit.call("router", _aten.reshape.default, found.node, [-1]))
+            vocabulary = found.vocabulary
+        if self.router is None:
+            self.router = self._build(x_TD, vocabulary, log)
+        key = (str(self.spec), self.block.d_model, self.router.num_experts, self.router.top_k,
+               x_TD.meta["val"].dtype, vocabulary)  # fmt: skip
+        if key not in traces:
+            traces[key] = _trace(self.router, x_TD.meta["val"], self.spec.needs_token_ids)
+        prefix = f"{self.block.anchor}.router."
+        experts_TK, weights_TK = inline(emit, traces[key], args, prefix.__add__, "router")
+        return experts_TK, weights_TK
+
+    def _build(self, x_TD: fx.Node, vocabulary: int | None, log: Log) -> Router:
+        program, block = self.program, self.block
+        recipe, plan = program.recipe.for_block(block.path), plan_block(program, block)
+        val = x_TD.meta["val"]
+        try:
+            router = self.spec.build(
+                block.d_model, plan.num_experts, recipe.top_k, dtype=val.dtype, vocabulary=vocabulary
+            )
+            router.reset(generator_for(program.recipe.seed, f"{block.anchor}.router"), plan.router_repeat)
+        except MoeifyError as error:
+            error.where = error.where or block.path
+            raise
+        # A capture on the meta device has no device of its own yet.
+        device = val.device if val.device.type != "meta" else torch.device("cpu")
+        for name, value in router.named_parameters():
+            program.set_parameter(f"{block.anchor}.router.{name}", value.detach().to(device))
+        for name, value in router.named_buffers():
+            program.set_buffer(f"{block.anchor}.router.{name}", value.to(device))
+        log(f"{block.path}: {self.spec} over {plan.num_experts} experts, {recipe.top_k} per token")
+        return router
+
+    def _token_ids(self, x_TD: fx.Node, ids: list[TokenIds]) -> TokenIds:
+        x = x_TD
+        while x.target == _aten.reshape.default and (mark := tag(x)) is not None and mark.block == self.block.anchor:
+            x = x.args[0]  # type: ignore[assignment]
+        found = ids_of_rows(ids, x)
+        if found is None:
+            shape = list(x.meta["val"].shape[:-1])
+            raise Refused(
+                f"the {self.spec.name} router needs token ids, and no embedding of the model reads a tensor of the "
+                f"shape of this block's rows, {shape}",
+                where=self.block.path,
+                hint="choose another router for this block",
+            )
+        return found
+
+
+def _trace(router: Router, val: Any, needs_token_ids: bool) -> fx.GraphModule:
+    x = torch.zeros(4, val.shape[1], dtype=val.dtype)
+    args = (x, torch.zeros(4, dtype=torch.int64)) if needs_token_ids else (x,)
+    return trace(router, args, dynamic=range(len(args)))
+
+
+def _erase_unread(node: fx.Node) -> None:
+    """Take out a node that nobody reads, then what only it read."""
+    if node.users or node.op != "call_function":
+        return
+    read = node.all_input_nodes
+    node.graph.erase_node(node)
+    for source in read:
+        mark = tag(source)
+        if mark is not None and mark.role == "router":
+            _erase_unread(source)

@@ -1,0 +1,68 @@
+"""all-MiniLM-L6-v2, a real sentence encoder, into 8 experts per layer, 2 active; its similarities must not move."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from pretrained import OUT, minilm
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoModel, AutoTokenizer
+
+import moeify
+from moeify_cli.main import app
+
+PAIRS = [
+    ("A man is playing a guitar on stage.", "Someone performs music with a guitar."),
+    ("A man is playing a guitar on stage.", "The stock market fell sharply on Monday."),
+    ("How do I reset my password?", "I forgot my login and cannot get in."),
+    ("How do I reset my password?", "The recipe needs two cups of flour."),
+    ("The cat sleeps on the warm windowsill.", "A kitten naps in the sun."),
+    ("The cat sleeps on the warm windowsill.", "Parliament debates the new budget."),
+]
+
+
+def embed(model: torch.nn.Module, tokens: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Mean of the last hidden states over the real tokens, normalised: what the model's card prescribes."""
+    names = ("input_ids", "attention_mask", "token_type_ids")
+    with torch.no_grad():
+        hidden = model(*(tokens[name] for name in names))["last_hidden_state"]
+    mask = tokens["attention_mask"].unsqueeze(-1)
+    return torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
+
+
+def main() -> None:
+    folder, output = minilm(), OUT / "minilm-moe.pt2"
+    OUT.mkdir(exist_ok=True)
+    console = Console()
+    console.print(
+        f"[bold]$ moeify convert {folder.parent.name}/{folder.name} --experts 8 --top-k 2 -o {output.name}[/bold]\n"
+    )
+    app(["convert", str(folder), "--experts", "8", "--top-k", "2", "-o", str(output)], standalone_mode=False)
+
+    dense = AutoModel.from_pretrained(folder).eval()
+    sparse = moeify.load(output)
+    sentences = [sentence for pair in PAIRS for sentence in pair]
+    tokens = AutoTokenizer.from_pretrained(folder)(sentences, padding=True, return_tensors="pt")
+    before, after = embed(dense, tokens), embed(sparse, tokens)
+    table = Table(title="cosine similarity of sentence pairs", title_justify="left")
+    for column in ("first", "second"):
+        table.add_column(column)
+    for column in ("dense", "MoE", "difference"):
+        table.add_column(column, justify="right")
+    worst = 0.0
+    for i, (first, second) in enumerate(PAIRS):
+        old, new = (float(e[2 * i] @ e[2 * i + 1]) for e in (before, after))
+        worst = max(worst, abs(old - new))
+        table.add_row(first, second, f"{old:.4f}", f"{new:.4f}", f"{abs(old - new):.0e}")
+    console.print()
+    console.print(table)
+    if worst > 1e-5:
+        raise SystemExit(f"similarities moved by {worst:.1e}")
+    console.print(f"similarities unchanged: the largest difference is {worst:.0e}")
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    main()

@@ -1,0 +1,36 @@
+"""Every sample runs as its README line says, on the real model it names."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SAMPLES = Path(__file__).parent.parent / "samples"
+
+EXPECT = {
+    "minilm.py": ["6 of 6", "similarities unchanged"],
+    "nanoguard.py": ["relu2, 16 experts of 512", "8 of 8 verdicts right and unchanged"],
+    "smollm2.py": ["LlamaForCausalLM: 30 blocks found, 15 converted", "generation unchanged"],
+    "vit.py": ["left dense, not selected by the recipe", "five training steps"],
+    "lstm.py": ["relu, 8 experts", "20 training steps"],
+    "whisper.py": ["gelu, 4 experts", "transcript tokens after"],
+}
+ARGUMENTS = {"smollm2.py": ["--length", "8"]}
+
+
+def test_every_sample_is_listed() -> None:
+    assert set(EXPECT) == {p.name for p in SAMPLES.glob("*.py")} - {"pretrained.py"}
+
+
+@pytest.mark.parametrize("name", EXPECT)
+def test_sample(name: str) -> None:
+    command = [sys.executable, str(SAMPLES / name), *ARGUMENTS.get(name, [])]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "120"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for text in EXPECT[name]:
+        assert text in done.stdout, done.stdout
