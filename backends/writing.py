@@ -15,8 +15,9 @@ from moeify.errors import OutputNotWritten
 def atomically(path: Path) -> Iterator[Path]:
     """Gives a temporary name beside ``path`` and renames it on success.
 
-    The temporary file is removed when anything fails, Ctrl-C included; what stood at ``path`` stays as it was until the rename.
-    Raises OutputNotWritten for what the operating system refuses (no space, no permission, no such folder).
+    The temporary file is removed when anything fails, Ctrl-C included; what stood at ``path`` stays as it was until
+    the rename. Raises OutputNotWritten for what the operating system refuses (no space, no permission, no such
+    folder).
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:

@@ -1,7 +1,8 @@
-"""convert's peak memory over dense + MoE bytes. Bar: 1.15 for all-MiniLM-L6-v2 and for SmolLM2 (4 experts, every second block).
+"""convert's peak memory over dense + MoE bytes. Bar: 1.15 for all-MiniLM-L6-v2 and for SmolLM2 (4 experts, every
+second block).
 
-Each model is converted by convert_file in a fresh process, from a file on disk to a .pt2 on disk. The peak is the growth of the
-resident set over what the process held once torch, transformers and moeify were imported.
+Each model is converted by convert_file in a fresh process, from a file on disk to a .pt2 on disk. The peak is the
+growth of the resident set over what the process held once torch, transformers and moeify were imported.
 """
 
 from __future__ import annotations

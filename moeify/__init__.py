@@ -1,17 +1,26 @@
 """moeify: dense PyTorch models into sparse Mixture-of-Experts models, with a proof.
 
-Importing it registers the ``moe.*`` operators with torch, so that ``torch.export.load`` opens what moeify wrote; everything else is
-imported when it is first asked for.
+Importing it registers the ``moe.*`` operators with torch, so that ``torch.export.load`` opens what moeify wrote;
+everything else is imported when it is first asked for.
 """
 
 from __future__ import annotations
 
 import importlib
+import sys
+from pathlib import Path
 from typing import Any
 
-from moeify.ir import ops as _ops  # noqa: F401  (registers torch.ops.moeify)
-
 __version__ = "0.1.0"
+
+
+def _is_command() -> bool:
+    """Whether this process is the ``moeify`` command: it starts without torch, and each subcommand imports its own."""
+    return Path(sys.argv[0]).name in ("moeify", "moeify.exe") or ("-m", "moeify") in zip(sys.orig_argv, sys.orig_argv[1:])
+
+
+if not _is_command():
+    importlib.import_module("moeify.ir.ops")  # registers torch.ops.moeify
 
 _EXPORTS = {
     "convert": "moeify.api.convert",

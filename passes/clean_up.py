@@ -71,13 +71,11 @@ def _drop_unread(program: Program) -> int:
     """Drop the dense parameters of converted blocks that neither the graph nor a pending recipe reads."""
     needed = {node.target for node in program.graph.find_nodes(op="get_attr")}
     needed.update(ref.parameter for recipe in program.pending.values() for ref in recipe.sources)
-    present = {name for name, _ in program.graph_module.named_parameters(remove_duplicate=False)}
-    unread = {
-        ref.parameter
-        for block in program.converted()
-        for ref in block.weights.values()
-        if ref.parameter in present and ref.parameter not in needed
-    }
-    for name in sorted(unread):
+    dense = {ref.parameter for block in program.converted() for ref in block.weights.values()}
+    # A module that occurs twice in the model has two names for each parameter: the other name keeps the memory alive.
+    named = dict(program.graph_module.named_parameters(remove_duplicate=False))
+    tensors = {id(named[name]) for name in dense if name in named}
+    unread = [name for name, value in named.items() if id(value) in tensors and name not in needed]
+    for name in unread:
         program.drop_parameter(name)
     return len(unread)

@@ -57,6 +57,7 @@ class Route(Pass):
                 if here.spec.needs_token_ids and ids is None:
                     ids = embedded_ids(program.graph)
                 emit = Emitter(program, node, mark.block, mark.call, node)
+                mode = node.args[0].meta["val"].fake_mode
                 experts_TK, weights_TK = here.inline(emit, node.args[0], ids or [], traces, log)
                 weights[mark.block, mark.call] = weights_TK
                 replaced.append(node.args[1])
@@ -66,7 +67,7 @@ class Route(Pass):
                 node.update_arg(2, weights[mark.block, mark.call])
             if (mark.block, mark.call) in weights:
                 # From here on the rows of the call are T * K, no longer T * E.
-                node.meta["val"] = fake_result(node)
+                node.meta["val"] = fake_result(node, mode)
         for node in replaced:
             _erase_unread(node)
         program.graph_module.recompile()

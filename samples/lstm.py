@@ -1,5 +1,6 @@
-"""An LSTM language model with a feed-forward layer between its LSTMs: where the first sparsely-gated mixture of experts stood
-(Shazeer et al. 2017, arXiv 1701.06538). Converted with their noisy top-k router, as a graph, and trained a few steps.
+"""An LSTM language model with a feed-forward layer between its LSTMs: where the first sparsely-gated mixture of
+experts stood (Shazeer et al. 2017, arXiv 1701.06538). Converted with their noisy top-k router, as a graph, and
+trained a few steps.
 """
 
 from __future__ import annotations
@@ -44,9 +45,8 @@ def main() -> None:
 
     sparse = moeify.convert(dense, experts=8, top_k=2, router="noisy-topk", inputs={"tokens": x}, form="graph")
     block = sparse.moeify_report.blocks[0]
-    print(
-        f"{block.path or 'the model'}: {block.activation}, {block.experts} experts, relative error {block.relative_error:.1e}"
-    )
+    print(f"{block.path or 'the model'}: {block.activation}, {block.experts} experts")
+    print(f"relative error of the block {block.relative_error:.1e}")
     with torch.no_grad():
         print(f"outputs moved by at most {(sparse(x) - dense(x)).abs().max():.1e}")
 

@@ -1,7 +1,7 @@
 """NanoGuard, a real prompt-injection detector with squared ReLU and no biases: a state_dict plus a factory.
 
-The checkpoint holds weights only, so the architecture is written here, as its owner would have it in a module of their own:
-``moeify convert model.pt --factory nanoguard:build --input ...``.
+The checkpoint holds weights only, so the architecture is written here, as its owner would have it in a module of
+their own: ``moeify convert model.pt --factory nanoguard:build --input ...``.
 """
 
 from __future__ import annotations

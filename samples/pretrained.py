@@ -1,4 +1,6 @@
-"""Where the real pretrained models of requirements-models.txt lie. Their packages are never imported: only files are read."""
+"""Where the real pretrained models of requirements-models.txt lie. Their packages are never imported: only files are
+read.
+"""
 
 from __future__ import annotations
 

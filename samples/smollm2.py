@@ -1,7 +1,8 @@
-"""SmolLM2-135M-Instruct, a real causal language model: 30 SwiGLU blocks, every second one into 4 experts, in the model's own class.
+"""SmolLM2-135M-Instruct, a real causal language model: 30 SwiGLU blocks, every second one into 4 experts, in the
+model's own class.
 
-``moeify.convert`` replaces the blocks inside the transformers model, so ``generate()`` goes on working, and must give the same
-tokens as before.
+``moeify.convert`` replaces the blocks inside the transformers model, so ``generate()`` goes on working, and must give
+the same tokens as before.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""A Vision Transformer (random weights, ViT-S/16 shape at 6 layers): granular experts in the last four layers, one always-on expert.
+"""A Vision Transformer (random weights, ViT-S/16 shape at 6 layers): granular experts in the last four layers, one
+always-on expert.
 
 Shows the Python API on images, per-block overrides, and one training step of the result.
 """
@@ -42,9 +43,8 @@ def main() -> None:
         if not block.converted:
             print(f"{block.path}: left dense, {block.reason}")
             continue
-        print(
-            f"{block.path}: {block.method}, {block.experts} x {block.d_expert}, relative error {block.relative_error:.1e}"
-        )
+        size = f"{block.experts} x {block.d_expert}"
+        print(f"{block.path}: {block.method}, {size}, relative error {block.relative_error:.1e}")
     with torch.no_grad():
         after = model.eval()(images).logits
     print(f"logits moved by at most {(after - before).abs().max():.1e}")

@@ -256,7 +256,8 @@ def test_print_after_and_dump_dir(dense: Path, tmp_path: Path) -> None:
     assert shown[0][1].count("moe.ffn") == 2
     names = [p.name for p in sorted((tmp_path / "dumps").iterdir())]
     assert names == [
-        "01-canonicalize.txt", "02-find-ffn.txt", "03-select.txt", "04-make-experts.txt", "05-route.txt", "06-clean-up.txt",
+        "01-canonicalize.txt", "02-find-ffn.txt", "03-select.txt", "04-make-experts.txt", "05-route.txt",
+        "06-clean-up.txt",
     ]  # fmt: skip
     with pytest.raises(UnknownName) as error:
         convert_file(dense, None, Recipe(), inputs=SPEC, print_after=["find"])

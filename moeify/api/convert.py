@@ -110,11 +110,12 @@ def convert(
 ) -> nn.Module:
     """Turn the FFN blocks of ``model`` into mixtures of experts.
 
-    ``form="module"`` returns the same object with its FFN submodules replaced in place, so generate(), Trainer and hooks go
-    on working; ``form="graph"`` returns a torch.fx graph of the whole model and leaves ``model`` alone. ``recipe`` or its fields as
-    keywords (``experts=8, top_k=2, method="copy"``) say what to make. ``inputs`` are example tensors (by name or in order) or specs
-    such as ``"input_ids=int64[batch=2,seq=16]"``; without them they are guessed. ``data`` replaces the example in verification.
-    The result carries the ``Report`` as ``moeify_report``. Raises VerificationFailed before the model is touched.
+    ``form="module"`` returns the same object with its FFN submodules replaced in place, so generate(), Trainer and
+    hooks go on working; ``form="graph"`` returns a torch.fx graph of the whole model and leaves ``model`` alone.
+    ``recipe`` or its fields as keywords (``experts=8, top_k=2, method="copy"``) say what to make. ``inputs`` are
+    example tensors (by name or in order) or specs such as ``"input_ids=int64[batch=2,seq=16]"``; without them they
+    are guessed. ``data`` replaces the example in verification. The result carries the ``Report`` as
+    ``moeify_report``. Raises VerificationFailed before the model is touched.
     """
     if form not in ("module", "graph"):
         raise UsageError(f"there is no form {form!r}", hint="choose 'module' or 'graph'")

@@ -22,8 +22,8 @@ from moeify.pipeline.runner import run
 
 @dataclass
 class Inspection:
-    """``program`` is the (would-be) converted one, its new weights still on the meta device for a dense file; ``dense`` is the
-    program before the rewrite, or None for a file that is converted already."""
+    """``program`` is the (would-be) converted one, its new weights still on the meta device for a dense file;
+    ``dense`` is the program before the rewrite, or None for a file that is converted already."""
 
     report: Report
     program: Program

@@ -21,7 +21,9 @@ from moeify.verify.measure import relative_error
 
 @dataclass(frozen=True)
 class OutputError:
-    """How far one output of B is from A's: largest absolute and relative difference, and cosine of the flattened tensors."""
+    """How far one output of B is from A's: largest absolute and relative difference, and cosine of the flattened
+    tensors.
+    """
 
     name: str
     max_abs: float

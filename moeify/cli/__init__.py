@@ -1,1 +1,1 @@
-"""The command line: it reads flags, calls ``moeify.api`` and draws what comes back. Nothing here imports torch at start."""
+"""The command line: it reads flags, calls ``moeify.api`` and draws what comes back. It starts without torch."""

@@ -17,9 +17,7 @@ def convert(
     model: options.Model,
     output: Annotated[
         Path | None,
-        typer.Option(
-            "--output", "-o", metavar="OUT.pt2", help="What to write.  [MODEL's name with .moe.pt2, here]"
-        ),
+        typer.Option("--output", "-o", metavar="OUT.pt2", help="What to write.  [MODEL's name with .moe.pt2, here]"),
     ] = None,
     method: options.Method = None,
     experts: options.Experts = None,
@@ -39,8 +37,10 @@ def convert(
     print_after: Annotated[
         list[str], typer.Option(metavar="PASS", help="Print the graph after this pass. Repeatable.")
     ] = [],  # noqa: B006
-    print_after_all: Annotated[bool, typer.Option(help="Print the graph after every pass.")] = False,
-    time_passes: Annotated[bool, typer.Option(help="Print the seconds each pass took.")] = False,
+    print_after_all: Annotated[
+        bool, typer.Option("--print-after-all", help="Print the graph after every pass.")
+    ] = False,
+    time_passes: Annotated[bool, typer.Option("--time-passes", help="Print the seconds each pass took.")] = False,
     dump_dir: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Write the graph after every pass to DIR.")
     ] = None,

@@ -28,7 +28,7 @@ def error(value: float | None) -> str:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> list[str]:
-    """Aligned columns; empty ones are left out. Where they do not fit, the first stands on a line of its own above the others.
+    """Aligned columns; empty ones are left out. Where they do not fit, the first has a line of its own.
 
     The first line returned is the header (the first two, when it does not fit).
     """

@@ -15,7 +15,7 @@ _SET = "write --set 'encoder.layer.0*:experts=4,top-k=1'"
 
 
 def recipe(file: Path | None, overrides: Sequence[str], include: Sequence[str], **flags: Any) -> Recipe:
-    """The recipe file's recipe with every flag that was given in its place; --set entries come after the file's.
+    """The file's recipe with the flags that were given in its place; --set goes after its overrides.
 
     Raises BadOption for a --set that does not parse and whatever Recipe raises.
     """
@@ -29,7 +29,7 @@ def recipe(file: Path | None, overrides: Sequence[str], include: Sequence[str], 
 
 
 def override(text: str) -> tuple[str, dict[str, Any]]:
-    """``GLOB:field=value,field=value``; a value may hold commas inside braces, as in ``drop{ratio=0.25,...}``."""
+    """``GLOB:field=value,field=value``; commas inside braces belong to the value."""
     glob, colon, fields = text.partition(":")
     if not (glob and colon and fields):
         raise BadOption(f"cannot read --set {text!r}", hint=_SET)
@@ -42,13 +42,11 @@ def _field(item: str, text: str) -> tuple[str, Any]:
     kinds = get_type_hints(BlockRecipe)
     if name not in kinds:
         known = ", ".join(sorted(kind.replace("_", "-") for kind in kinds))
-        raise BadOption(
-            f"--set {text!r} names a field that does not exist: {name!r}", hint=f"its fields: {known}"
-        )
+        raise BadOption(f"--set {text!r} names a field that does not exist: {name!r}", hint=f"its fields: {known}")
     if not equals and kinds[name] is bool:
         return name, True
     try:
-        return name, {int: int, str: str, bool: _truth}[kinds[name]](value)
+        return name, _truth(value) if kinds[name] is bool else kinds[name](value)
     except (KeyError, ValueError):
         wanted = {int: "a whole number", bool: "true or false"}.get(kinds[name], "a value")
         raise BadOption(

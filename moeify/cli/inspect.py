@@ -18,12 +18,8 @@ if TYPE_CHECKING:
 
 def inspect(
     file: Annotated[str, typer.Argument(metavar="FILE", help="A dense model, or a file that convert wrote.")],
-    graph: Annotated[
-        bool, typer.Option("--graph", help="Print the graph, layers that are alike once.")
-    ] = False,
-    blocks: Annotated[
-        bool, typer.Option("--blocks", help="Every block with all that is known of it.")
-    ] = False,
+    graph: Annotated[bool, typer.Option("--graph", help="Print the graph, layers that are alike once.")] = False,
+    blocks: Annotated[bool, typer.Option("--blocks", help="Every block with all that is known of it.")] = False,
     near_misses: Annotated[
         bool, typer.Option("--near-misses", help="What looks like a feed-forward block and is not.")
     ] = False,
@@ -32,9 +28,7 @@ def inspect(
         str | None,
         typer.Option(metavar="OTHER", help="With --diff: compare with this file, as what was before."),
     ] = None,
-    dot: Annotated[
-        Path | None, typer.Option(metavar="OUT.dot", help="Write the folded graph for Graphviz.")
-    ] = None,
+    dot: Annotated[Path | None, typer.Option(metavar="OUT.dot", help="Write the folded graph for Graphviz.")] = None,
     graphml: Annotated[
         Path | None, typer.Option(metavar="OUT.graphml", help="Write the whole graph as GraphML.")
     ] = None,

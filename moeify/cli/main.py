@@ -1,6 +1,7 @@
 """The entry point, and how every kind of error leaves it.
 
-Exit codes: 0 done, 1 refused or failed verification, 2 bad usage, 3 unreadable input, 70 a bug, 130 interrupted.
+Exit codes: 0 done, 1 refused or failed verification, 2 bad usage, 3 unreadable input, 70 a bug,
+130 interrupted.
 """
 
 from __future__ import annotations
@@ -8,15 +9,13 @@ from __future__ import annotations
 import itertools
 import os
 import sys
-import traceback
 import warnings
 from collections.abc import Sequence
 from typing import Annotated, Any, cast
 
 import typer
 
-from moeify.cli import convert, inspect, listings, verify
-from moeify.cli.output import write_json
+from moeify.cli.commands import Commands
 from moeify.errors import MoeifyError
 
 _BUG = 70  # EX_SOFTWARE of sysexits.h
@@ -26,17 +25,11 @@ _Usage: type[Any] = cast("type[Any]", typer.BadParameter.__bases__[0])
 
 app = typer.Typer(
     help="Turn dense PyTorch models into sparse Mixture-of-Experts models, with a proof.",
+    cls=Commands,
     add_completion=False,
     rich_markup_mode=None,  # plain help: it starts in half the time
     pretty_exceptions_enable=False,
 )
-app.command("convert")(convert.convert)
-app.command("inspect")(inspect.inspect)
-app.command("verify")(verify.verify)
-app.command("passes")(listings.passes)
-app.command("methods")(listings.methods)
-app.command("routers")(listings.routers)
-app.command("backends")(listings.backends)
 
 
 def _print_version(wanted: bool) -> None:
@@ -87,6 +80,8 @@ def main(arguments: Sequence[str]) -> int:
         return 1
     except Exception as error:
         if debug:
+            import traceback
+
             traceback.print_exc()
         what = f"this is a bug in moeify: {type(error).__name__}: {error}"
         hint = "please report it" if debug else "run it again with --debug to see where, and please report it"
@@ -98,6 +93,8 @@ def main(arguments: Sequence[str]) -> int:
 
 def _fail(as_json: bool, kind: str, what: str, where: str | None, hint: str | None, code: int) -> int:
     if as_json:
+        from moeify.cli.output import write_json
+
         write_json({"error": {"kind": kind, "what": what, "where": where, "hint": hint}})
     else:
         print(f"error: {MoeifyError(what, where=where, hint=hint)}", file=sys.stderr)

@@ -9,15 +9,11 @@ import typer
 
 Model = Annotated[
     str,
-    typer.Argument(
-        metavar="MODEL", help="A .pt, a .pt2, a state_dict with --factory, or a Hugging Face folder."
-    ),
+    typer.Argument(metavar="MODEL", help="A .pt, a .pt2, a state_dict with --factory, or a Hugging Face folder."),
 ]
 Inputs = Annotated[
     list[str],
-    typer.Option(
-        "--input", metavar="SPEC", help="An example input: 'input_ids=int64[batch=2,seq=16]'. Repeatable."
-    ),
+    typer.Option("--input", metavar="SPEC", help="An example input: 'input_ids=int64[batch=2,seq=16]'. Repeatable."),
 ]
 Data = Annotated[
     Path | None,
@@ -29,9 +25,7 @@ Factory = Annotated[
 ]
 Allow = Annotated[
     list[str],
-    typer.Option(
-        "--allow", metavar="pkg.mod", help="Trust the classes of this module in a pickle. Repeatable."
-    ),
+    typer.Option("--allow", metavar="pkg.mod", help="Trust the classes of this module in a pickle. Repeatable."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show warnings, and the traceback of a bug.")]
@@ -52,9 +46,7 @@ SharedGate = Annotated[
 ]
 _WHICH = "Which blocks: all, every:N, first:N, last:N, or globs over module paths.  [all]"
 Blocks = Annotated[str | None, typer.Option("--blocks", "--select", metavar="WHICH", help=_WHICH)]
-Select = Annotated[
-    str | None, typer.Option("--select", metavar="WHICH", help=_WHICH)
-]  # inspect's --blocks lists
+Select = Annotated[str | None, typer.Option("--select", metavar="WHICH", help=_WHICH)]  # inspect's --blocks lists
 Include = Annotated[
     list[str],
     typer.Option(metavar="KIND", help="Convert blocks of this kind too: sample, channel. Repeatable."),

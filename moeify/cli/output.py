@@ -34,9 +34,9 @@ class Screen:
         """``head`` and, from ``column`` on, the text wrapped to the width."""
         from rich.text import Text
 
-        wrapped = textwrap.wrap(
-            text, max(self.width - column, 30), break_long_words=False, break_on_hyphens=False
-        ) or [""]
+        wrapped = textwrap.wrap(text, max(self.width - column, 30), break_long_words=False, break_on_hyphens=False) or [
+            ""
+        ]
         gap = " " * max(column - len(head), 1 if head else 0)
         self.line(Text(head, style or "").append(gap + wrapped[0], style=""))
         for more in wrapped[1:]:

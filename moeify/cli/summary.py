@@ -81,9 +81,7 @@ def facts(screen: Screen, report: Report, *, hint: str | None) -> None:
     if report.near_misses and hint:
         count = len(report.near_misses)
         places = "1 place looks" if count == 1 else f"{count} places look"
-        screen.paragraph(
-            "near misses", f"{places} like a feed-forward block but cannot be one", column=COLUMN
-        )
+        screen.paragraph("near misses", f"{places} like a feed-forward block but cannot be one", column=COLUMN)
         screen.line(" " * COLUMN + hint)
 
 

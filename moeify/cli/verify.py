@@ -45,13 +45,9 @@ def verify(
         return code
     screen = Screen()
     rows = [(o.name, error(o.max_abs), error(o.max_relative), f"{o.cosine:.7f}") for o in found.outputs]
-    for number, line in enumerate(
-        table(("output", "largest difference", "relative", "cosine"), rows, screen.width)
-    ):
+    for number, line in enumerate(table(("output", "largest difference", "relative", "cosine"), rows, screen.width)):
         screen.line(line, "bold" if number == 0 else None)
     screen.line()
-    verdict = {True: f"{a} and {b} agree", False: f"{a} and {b} do not agree"}.get(
-        found.agree, f"{a} and {b}"
-    )
+    verdict = {True: f"{a} and {b} agree", False: f"{a} and {b} do not agree"}.get(found.agree, f"{a} and {b}")
     screen.line(f"{verdict}: largest relative error {error(found.max_relative_error)}", "bold")
     return code

@@ -17,10 +17,11 @@ from moeify.registry import render
 class ExpertPlan:
     """The experts of one block.
 
-    ``weights`` holds recipes by role: ``up`` [E, F', D], ``gate`` [E, F', D], ``down`` [E, D, F'], ``up_bias`` [E, F'], ``gate_bias``
-    [E, F'], ``down_bias`` [E, D], named ``{anchor}.experts.{role}``. ``shared`` holds the always-on experts as one wide dense FFN
-    (``up`` [S*F, D], ...), named ``{anchor}.shared.{role}``. ``output_bias`` [D], named ``{anchor}.output_bias``, is added once, outside
-    the experts. Consecutive groups of ``router_repeat`` experts start from the same router row.
+    ``weights`` holds recipes by role: ``up`` [E, F', D], ``gate`` [E, F', D], ``down`` [E, D, F'], ``up_bias`` [E,
+    F'], ``gate_bias`` [E, F'], ``down_bias`` [E, D], named ``{anchor}.experts.{role}``. ``shared`` holds the
+    always-on experts as one wide dense FFN (``up`` [S*F, D], ...), named ``{anchor}.shared.{role}``. ``output_bias``
+    [D], named ``{anchor}.output_bias``, is added once, outside the experts. Consecutive groups of ``router_repeat``
+    experts start from the same router row.
     """
 
     num_experts: int

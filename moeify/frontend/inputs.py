@@ -106,8 +106,17 @@ def _below(text: str, options: str | None, dtype: torch.dtype) -> int | None:
 
 
 def forward_parameters(module: nn.Module) -> dict[str, inspect.Parameter]:
-    """The parameters of ``forward`` by name. Raises BadInputSpec when forward has no signature."""
-    return dict(inspect.signature(module.forward).parameters)
+    """The parameters of ``forward`` by name.
+
+    The module of an exported program insists on the split into positional and keyword arguments of its capture.
+    """
+    parameters = dict(inspect.signature(module.forward).parameters)
+    in_spec = getattr(module, "_in_spec", None)
+    if in_spec is None:
+        return parameters
+    positional = in_spec.child(0).num_children
+    kinds = [inspect.Parameter.POSITIONAL_ONLY] * positional + [inspect.Parameter.KEYWORD_ONLY] * len(parameters)
+    return {name: p.replace(kind=kind) for (name, p), kind in zip(parameters.items(), kinds)}
 
 
 def _takes_anything(parameters: Mapping[str, inspect.Parameter]) -> bool:

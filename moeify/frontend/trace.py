@@ -13,6 +13,7 @@ from torch.export import Dim, ExportedProgram
 from moeify.errors import BadInputSpec, NotExportable
 from moeify.frontend.calling import mode, run, tensors_only
 from moeify.frontend.compare import check_graph
+from moeify.frontend.exported import exported_examples, exported_program
 from moeify.frontend.grad_regions import inline_grad_regions
 from moeify.frontend.guess import guess_examples
 from moeify.frontend.hf_attention import with_attention_fallback
@@ -28,7 +29,7 @@ from moeify.frontend.inputs import (
 from moeify.frontend.probe import attention_dropout
 from moeify.frontend.reasons import not_exportable
 from moeify.frontend.vocabulary import make_examples
-from moeify.ir.modes import set_training
+from moeify.ir.modes import attention_probabilities, is_training, set_training
 from moeify.ir.program import InputSpec, Program
 
 Inputs = Sequence[str] | Sequence[TensorSpec] | Sequence[Example] | Mapping[str, Tensor] | Sequence[Tensor] | None
@@ -46,6 +47,9 @@ def capture(module: nn.Module, inputs: Inputs = None, *, fixed: bool = False) ->
 
     Raises NotExportable, BadInputSpec.
     """
+    ready = exported_program(module)
+    if ready is not None and inputs is None and (examples := exported_examples(ready)):
+        return _from_archive(ready, examples, fixed)
     notes: list[str] = []
     examples = _double_single_rows(module, resolve(module, inputs, notes), inputs, notes)
     if fixed:
@@ -67,6 +71,24 @@ def capture(module: nn.Module, inputs: Inputs = None, *, fixed: bool = False) ->
         attention_dropout=dropouts,
         notes=notes,
     )
+    return program
+
+
+def _from_archive(exported: ExportedProgram, examples: list[Example], fixed: bool) -> Program:
+    """A program that torch.export.load read: there is no model to capture again or to compare with."""
+    notes = ["captured elsewhere: the archive's own graph and example inputs are used"]
+    graph_module = exported.module(check_guards=False)
+    assert isinstance(graph_module, fx.GraphModule)
+    inline_grad_regions(graph_module)
+    if is_training(graph_module):
+        notes.append("the archive was exported in train mode: dropout and batch norm are switched to eval")
+    set_training(graph_module, False)
+    specs = [InputSpec(e.name, e.tensor.dtype, tuple(e.tensor.shape) if fixed else e.dims) for e in examples]
+    program = Program(graph_module, tuple(specs), tuple(_on_cpu(e.tensor) for e in examples))
+    program.provenance.update(
+        model="ExportedProgram", torch=torch.__version__, capture_error=None, notes=notes,
+        attention_dropout=attention_probabilities(exported.graph_module),
+    )  # fmt: skip
     return program
 
 

@@ -13,9 +13,9 @@ from torch import fx
 class WeightRef:
     """A dense weight by parameter name, and the views that bring it into canonical layout.
 
-    Canonical layout is ``[out, in]`` for matrices and ``[out]`` for biases, as in ``torch.nn.Linear``. ``steps`` are applied in
-    order: ``("t",)`` transposes a matrix, ``("reshape", *sizes)``, ``("permute", *dims)`` and
-    ``("slice", dim, start, stop, step)`` do what their names say.
+    Canonical layout is ``[out, in]`` for matrices and ``[out]`` for biases, as in ``torch.nn.Linear``. ``steps`` are
+    applied in order: ``("t",)`` transposes a matrix, ``("reshape", *sizes)``, ``("permute", *dims)`` and ``("slice",
+    dim, start, stop, step)`` do what their names say.
     """
 
     parameter: str
@@ -43,10 +43,10 @@ class WeightRef:
 class CallSite:
     """One call of a block: names of nodes of the graph that find-ffn leaves.
 
-    ``input`` is the tensor the up linear reads and ``output`` the node whose readers read the FFN's result; both have shape
-    ``[..., D]`` (``[N, D, *spatial]`` when the block's ``layout`` is ``channels-first``). For a block with ``region`` (an
-    activation without a name) the nodes of the call stand in the graph as they were captured, listed in ``nodes`` in graph
-    order; for all others ``output`` is one ``moe.ffn`` node and ``nodes`` is ``(output,)``.
+    ``input`` is the tensor the up linear reads and ``output`` the node whose readers read the FFN's result; both have
+    shape ``[..., D]`` (``[N, D, *spatial]`` when the block's ``layout`` is ``channels-first``). For a block with
+    ``region`` (an activation without a name) the nodes of the call stand in the graph as they were captured, listed
+    in ``nodes`` in graph order; for all others ``output`` is one ``moe.ffn`` node and ``nodes`` is ``(output,)``.
     """
 
     input: str
@@ -58,10 +58,10 @@ class CallSite:
 class Block:
     """One dense FFN: ``y = down(act(up(x)))`` or, gated, ``y = down(act(gate(x)) * up(x))``, biases optional.
 
-    ``path`` is the deepest module that holds the whole block, for people; ``anchor`` the module path under which the new
-    parameters live in both forms of the result (``{anchor}.experts.up``, ``{anchor}.router.weight``, ...). ``owner`` is the path
-    of a submodule that holds this block and nothing else, so that module form can replace it, or None; ``linears`` are the
-    module paths of the up (gate) and down layers where modules hold them.
+    ``path`` is the deepest module that holds the whole block, for people; ``anchor`` the module path under which the
+    new parameters live in both forms of the result (``{anchor}.experts.up``, ``{anchor}.router.weight``, ...).
+    ``owner`` is the path of a submodule that holds this block and nothing else, so that module form can replace it,
+    or None; ``linears`` are the module paths of the up (gate) and down layers where modules hold them.
     """
 
     path: str
@@ -80,6 +80,7 @@ class Block:
     layout: str = "channels-last"  # or "channels-first" (1x1 convolutions)
     rows: str = "token"  # "token", "sample" (one row per example) or "channel" (token-mixing MLP)
     owner: str | None = None
+    output_dropout: float = 0.0  # of the result, inside ``owner``: module form must keep it
     linears: tuple[str, ...] = ()
     source: str | None = None  # the user's own file:line
     reason: str | None = None  # why it may not be rewritten (by default); None: it may
@@ -103,7 +104,9 @@ class Block:
 
     @property
     def weights(self) -> dict[str, WeightRef]:
-        """The block's weights by role (``up``, ``gate``, ``down``, ``up_bias``, ``gate_bias``, ``down_bias``), absent ones left out."""
+        """The block's weights by role (``up``, ``gate``, ``down``, ``up_bias``, ``gate_bias``, ``down_bias``), absent
+        ones left out.
+        """
         roles = ("up", "gate", "down", "up_bias", "gate_bias", "down_bias")
         return {role: ref for role in roles if (ref := getattr(self, role)) is not None}
 

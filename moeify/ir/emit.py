@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import fx
@@ -25,24 +27,31 @@ class Emitter:
     block: str
     call_index: int
     like: fx.Node
-    added: list[fx.Node] = field(default_factory=list)
+    example: FakeTensor = field(init=False)  # a result of ``like``: new nodes compute on its device, in its fake mode
+
+    def __post_init__(self) -> None:
+        value = self.like.meta["val"]
+        self.example = value[0] if isinstance(value, (tuple, list)) else value
 
     def call(self, role: str, op: Any, *args: Any, **kwargs: Any) -> fx.Node:
         """A call of an operator, or of operator.getitem."""
         with self.program.graph.inserting_before(self.before):
-            node = self.program.graph.call_function(op, args, kwargs)
-        node.meta["val"] = fake_result(node)
+            node = self.program.graph.create_node("call_function", op, args, kwargs, _plain_name(op))
+        node.meta["val"] = fake_result(node, self.example.fake_mode)
         return self._finish(node, role)
 
     def parameter(self, role: str, name: str) -> fx.Node:
         """A read of a parameter or buffer by its full name."""
         value = self.program.parameter(name)
-        example = self.like.meta["val"]
         with self.program.graph.inserting_before(self.before):
             node = self.program.graph.get_attr(name)
         # A pending parameter is still on the meta device; in the graph it stands where the block computes.
-        with example.fake_mode:
-            node.meta["val"] = torch.empty(value.shape, dtype=value.dtype, device=example.device)
+        device = self.example.device
+        node.meta["val"] = _remembered(
+            self.example.fake_mode,
+            ("parameter", value.shape, value.dtype, device),
+            lambda: torch.empty(value.shape, dtype=value.dtype, device=device),
+        )
         return self._finish(node, role)
 
     def getitem(self, role: str, node: fx.Node, index: int) -> fx.Node:
@@ -53,25 +62,45 @@ class Emitter:
             if key in self.like.meta:
                 node.meta[key] = self.like.meta[key]
         node.meta[KEY] = Tag(self.block, self.call_index, role)
-        self.added.append(node)
         return node
 
 
-def fake_result(node: fx.Node) -> Any:
+def _plain_name(op: Any) -> str:
+    """``linear`` for aten.linear.default, as torch.export names its nodes."""
+    return op._schema.name.partition("::")[2] if isinstance(op, torch._ops.OpOverload) else op.__name__
+
+
+# Layers repeat, and a fake result depends on the arguments' metadata only: one run of an operator serves all layers.
+_RESULTS: WeakKeyDictionary[FakeTensorMode, dict[Any, Any]] = WeakKeyDictionary()
+
+
+def fake_result(node: fx.Node, mode: FakeTensorMode) -> Any:
     """What the node computes, as a fake value, from the fake values of its arguments."""
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-    mode = _mode(args, kwargs)
-    if mode is None:
-        return node.target(*args, **kwargs)  # type: ignore[operator]
-    with mode:
-        return node.target(*args, **kwargs)  # type: ignore[operator]
+    if node.target is operator.getitem:
+        return args[0][args[1]]
+    key = node.target, _describe(args), _describe(tuple(kwargs.items()))
+    return _remembered(mode, key, lambda: node.target(*args, **kwargs))  # type: ignore[operator]
 
 
-def _mode(args: Any, kwargs: Any) -> FakeTensorMode | None:
-    for leaf in torch.utils._pytree.tree_leaves((args, kwargs)):
-        if isinstance(leaf, FakeTensor):
-            return leaf.fake_mode
-    return None
+def _remembered(mode: FakeTensorMode, key: Any, compute: Callable[[], Any]) -> Any:
+    known = _RESULTS.setdefault(mode, {})
+    if key not in known:
+        with mode:
+            known[key] = compute()
+    return known[key]
+
+
+def _describe(value: Any) -> Any:
+    """All of a fake value that a result can depend on, hashable."""
+    if isinstance(value, (tuple, list)):
+        return tuple(_describe(item) for item in value)
+    if isinstance(value, torch.Tensor):
+        return value.dtype, value.device, _describe(value.shape), _describe(value.stride())
+    if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+        return value.node.expr
+    # 1, 1.0 and True are equal and are not the same argument.
+    return type(value), value
 
 
 def arguments(node: fx.Node) -> dict[str, Any]:

@@ -61,6 +61,19 @@ def set_training(graph_module: fx.GraphModule, training: bool, attention_dropout
     graph_module.recompile()
 
 
+def is_training(graph_module: fx.GraphModule) -> bool:
+    """Whether some operator's training flag is on."""
+    return any(
+        (flag := FLAGS.get(_name(node))) is not None and not _has_no_running_stats(node) and _get(node, flag) is True
+        for node in graph_module.graph.nodes
+    )
+
+
+def attention_probabilities(graph_module: fx.GraphModule) -> list[float]:
+    """``dropout_p`` of the scaled_dot_product_attention nodes as they stand, in graph order."""
+    return [float(_get(node, "dropout_p") or 0.0) for node in graph_module.graph.nodes if _name(node) == SDPA]
+
+
 class TrainableGraph(fx.GraphModule):
     """A captured graph with a train() and eval() that work; parameter names are the user's. Starts in eval mode.
 

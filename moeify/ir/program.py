@@ -1,4 +1,6 @@
-"""A Program: an fx graph over ATen and ``moe.*`` operators, its inputs, the blocks found in it, and what was done to it."""
+"""A Program: an fx graph over ATen and ``moe.*`` operators, its inputs, the blocks found in it, and what was done to
+it.
+"""
 
 from __future__ import annotations
 
@@ -40,9 +42,10 @@ class HistoryEntry:
 class Program:
     """The unit every pass and backend takes.
 
-    ``graph_module`` is the unlifted form of a torch.export capture (``ExportedProgram.module(check_guards=False)``): parameters are
-    get_attr nodes with the names of the user's state_dict. ``example`` are tensors for the placeholders in order. ``pending`` holds the
-    recipes of parameters that are still on the meta device; ``materialise`` computes them.
+    ``graph_module`` is the unlifted form of a torch.export capture (``ExportedProgram.module(check_guards=False)``):
+    parameters are get_attr nodes with the names of the user's state_dict. ``example`` are tensors for the
+    placeholders in order. ``pending`` holds the recipes of parameters that are still on the meta device;
+    ``materialise`` computes them.
     """
 
     graph_module: fx.GraphModule
@@ -100,8 +103,8 @@ class Program:
     def materialise(self, done: Callable[[str], None] | None = None) -> None:
         """Compute every pending parameter, one at a time, in order; ``done`` hears of each.
 
-        A dense parameter is dropped when the last recipe that reads it is done and the graph no longer reads it, so the peak
-        is the dense and the new weights once.
+        A dense parameter is dropped when the last recipe that reads it is done and the graph no longer reads it, so
+        the peak is the dense and the new weights once.
         """
         readers = {node.target for node in self.graph.nodes if node.op == "get_attr"}
         left: dict[str, int] = {}

@@ -18,7 +18,9 @@ ROUTER_DEFAULT = "softmax-topk"
 
 @dataclass(frozen=True)
 class BlockRecipe:
-    """What one block becomes. ``method`` and ``router`` are texts such as ``drop{ratio=0.25}`` (see ``moeify.registry``)."""
+    """What one block becomes. ``method`` and ``router`` are texts such as ``drop{ratio=0.25}`` (see
+    ``moeify.registry``).
+    """
 
     method: str = METHOD_DEFAULT
     experts: int = 8
@@ -45,8 +47,9 @@ class BlockRecipe:
 class Recipe(BlockRecipe):
     """A BlockRecipe for all blocks, which blocks, the seed, and overrides by glob over block paths (later ones win).
 
-    ``blocks`` is ``all``, ``every:N``, ``first:N``, ``last:N`` or a comma-separated list of globs over module paths. ``include``
-    names kinds of blocks that are left alone by default: ``sample`` (one row per example), ``channel`` (token-mixing).
+    ``blocks`` is ``all``, ``every:N``, ``first:N``, ``last:N`` or a comma-separated list of globs over module paths.
+    ``include`` names kinds of blocks that are left alone by default: ``sample`` (one row per example), ``channel``
+    (token-mixing).
     """
 
     blocks: str = "all"

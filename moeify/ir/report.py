@@ -8,7 +8,9 @@ from typing import Any
 
 @dataclass
 class BlockReport:
-    """One block found. ``relative_error`` is max abs difference over max abs of the dense block's output, in float32 or better."""
+    """One block found. ``relative_error`` is max abs difference over max abs of the dense block's output, in float32
+    or better.
+    """
 
     path: str
     converted: bool

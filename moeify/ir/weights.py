@@ -15,8 +15,9 @@ from moeify.ir.block import WeightRef
 class WeightRecipe:
     """A new parameter: ``compute(*canonical sources)`` gives its value.
 
-    ``sources`` are read through their WeightRef, so ``compute`` sees canonical layouts (``[out, in]``, ``[out]``). ``shape`` is the
-    shape of the result. ``compute`` must be deterministic: random parts draw from ``generator_for(seed, name)``.
+    ``sources`` are read through their WeightRef, so ``compute`` sees canonical layouts (``[out, in]``, ``[out]``).
+    ``shape`` is the shape of the result. ``compute`` must be deterministic: random parts draw from
+    ``generator_for(seed, name)``.
     """
 
     name: str

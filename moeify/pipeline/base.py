@@ -26,7 +26,8 @@ class Log:
 class Pass:
     """One rewrite. Options are dataclass fields; ``name`` is the file name with dashes; ``str()`` is the pipeline text.
 
-    ``requires`` and ``ensures`` are rules that the runner checks before and after ``apply``, besides those that hold always.
+    ``requires`` and ``ensures`` are rules that the runner checks before and after ``apply``, besides those that hold
+    always.
     """
 
     name: ClassVar[str] = ""

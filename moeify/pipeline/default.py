@@ -6,8 +6,9 @@ FIND = (
     "select",  # which of them the recipe names
 )
 
-# make-experts emits the fused moe.dispatch_ffn where it can. lower-experts opens it for passes that put something between its
-# stages (expert parallelism), and fuse-dispatch closes it again; a pipeline without such a pass needs neither.
+# make-experts emits the fused moe.dispatch_ffn where it can. lower-experts opens it for passes that put something
+# between its stages (expert parallelism), and fuse-dispatch closes it again; a pipeline without such a pass needs
+# neither.
 REWRITE = (
     "make-experts",  # stacked expert weights as recipes; every expert is on, so the function is still the same
     "route",  # the router's graph takes the place of "every expert"

@@ -15,8 +15,10 @@ from moeify.surgery import region_json
 _LEFT_OUT = ("calls", "region")  # calls are names of nodes of a graph that the folder does not hold
 
 
-def to_data(block: Block) -> dict[str, Any]:
-    """Everything of a block but its call sites. Raises Refused for an activation that plain data cannot hold."""
+def to_data(block: Block, model: nn.Module) -> dict[str, Any]:
+    """Everything of a block but its call sites; ``model`` is the converted model. Raises Refused for an activation
+    that plain data cannot hold.
+    """
     data: dict[str, Any] = {}
     for field in dataclasses.fields(block):
         value = getattr(block, field.name)
@@ -24,12 +26,14 @@ def to_data(block: Block) -> dict[str, Any]:
             continue
         data[field.name] = dataclasses.asdict(value) if isinstance(value, WeightRef) else value
     if block.region is not None:
-        data["region"] = region_json.to_data(block.region, block.anchor)
+        data["region"] = region_json.to_data(block.region, model, block.anchor)
     return data
 
 
 def from_data(data: Mapping[str, Any], model: nn.Module) -> Block:
-    """The block again, without call sites; ``model`` gives the tensors that its activation reads. Raises UnreadableFile."""
+    """The block again, without call sites; ``model`` gives the tensors that its activation reads. Raises
+    UnreadableFile.
+    """
     known = {field.name for field in dataclasses.fields(Block)} - {"calls"}
     unknown = sorted(set(data) - known)
     if unknown:

@@ -16,11 +16,11 @@ ATTRIBUTE = "moeify_conversion"
 
 @dataclass
 class Conversion:
-    """Kept on the root module. ``token_ids_of``: the path of the embedding whose input hash routers read."""
+    """Kept on the root module. ``token_ids_of``: by anchor, the path of the embedding whose input the router reads."""
 
     recipe: Recipe
     blocks: list[Block]
-    token_ids_of: str | None = None
+    token_ids_of: dict[str, str] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
     factory: str | None = None
     report: dict[str, Any] | None = None

@@ -10,17 +10,17 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from moeify.errors import OutputNotWritten
-
-MARKER = "moeify.json"  # a folder that holds it is one of ours
+from moeify.surgery.layout import MARKER
 
 
 @contextmanager
 def writing(target: Path, owned: Callable[[str], bool], *, beside_others: bool = False) -> Iterator[Path]:
-    """Gives an empty temporary folder next to ``target``; on success its files replace the ``owned`` ones of the target.
+    """Gives an empty temporary folder next to ``target``; on success its files replace the ``owned`` ones of the
+    target.
 
-    ``owned`` says by file name what a former save may have left. Without ``beside_others`` a target that is neither empty nor
-    one of ours is refused. All writing happens in the temporary folder; what follows is renames, undone when one fails,
-    Ctrl-C included. Raises OutputNotWritten; then the target is as it was.
+    ``owned`` says by file name what a former save may have left. Without ``beside_others`` a target that is neither
+    empty nor one of ours is refused. All writing happens in the temporary folder; what follows is renames, undone
+    when one fails, Ctrl-C included. Raises OutputNotWritten; then the target is as it was.
     """
     target = Path(os.path.abspath(target))
     _check(target, beside_others)

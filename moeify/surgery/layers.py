@@ -1,4 +1,6 @@
-"""The layers that take the place of a block: ``Owned`` for a whole submodule, ``Enter`` for the up layer of a carrier."""
+"""The layers that take the place of a block: ``Owned`` for a whole submodule, ``Enter`` for the up layer of a
+carrier.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ from moeify.surgery.token_ids import TokenIds
 
 
 class Placed(MoE):
-    """A MoE that knows where it stands: the anchor of its block, and the model's token ids where its router reads them."""
+    """A MoE that knows where it stands: the anchor of its block, and the model's token ids where its router reads
+    them.
+    """
 
     anchor: str
     token_ids: TokenIds | None = None
@@ -28,7 +32,9 @@ class Placed(MoE):
 
 
 class Owned(Placed):
-    """In place of a submodule that held one block and nothing else; ``output_dropout`` is what the submodule ended with."""
+    """In place of a submodule that held one block and nothing else; ``output_dropout`` is what the submodule ended
+    with.
+    """
 
     output_dropout: float = 0.0
 
@@ -48,8 +54,8 @@ class Owned(Placed):
 class Enter(Placed, Stand):
     """In place of the up layer of a carrier: computes the mixture, parks it for ``Leave``, returns a stretched zero.
 
-    The model's own activation and dropout then work on that zero; what they make of it does not matter. With gate and up fused
-    in one layer the zero has the width of both.
+    The model's own activation and dropout then work on that zero; what they make of it does not matter. With gate and
+    up fused in one layer the zero has the width of both.
     """
 
     slot: Slot

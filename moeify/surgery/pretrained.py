@@ -1,7 +1,8 @@
 """``save_pretrained`` of a converted transformers model: it writes our checkpoint folder.
 
-What transformers would write, ``from_pretrained`` would read into the dense class: it would drop the experts and draw new FFNs,
-with a warning only. An attribute of the instance stands before the method of the class, so the class stays the user's own.
+What transformers would write, ``from_pretrained`` would read into the dense class: it would drop the experts and draw
+new FFNs, with a warning only. An attribute of the instance stands before the method of the class, so the class stays
+the user's own.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ import torch
 from torch import nn
 
 from moeify.errors import Refused
-from moeify.surgery import checkpoint
 from moeify.surgery.conversion import conversion_of
 from moeify.surgery.folder import writing
+from moeify.surgery.layout import is_ours
+from moeify.surgery.saving import write_files
 
 # The names transformers writes a model under. A save into the same folder replaces them, as transformers' own would.
 _TRANSFORMERS_FILES = re.compile(
@@ -44,18 +46,22 @@ class SavePretrained:
         push_to_hub: bool = False,
         **kwargs: Any,
     ) -> None:
-        """Like ``moeify.surgery.save``, into a folder that may hold other files (Trainer keeps its own beside the model).
+        """Like ``moeify.surgery.save``, into a folder that may hold other files (Trainer keeps its own beside the
+        model).
 
-        ``max_shard_size`` and other arguments about transformers' file format are not needed here. An index lets Trainer resume;
-        ``from_pretrained`` cannot read it.
+        ``max_shard_size`` and other arguments about transformers' file format are not needed here. An index lets
+        Trainer resume; ``from_pretrained`` cannot read it.
         """
         if push_to_hub:
-            raise Refused("push_to_hub would upload files that from_pretrained cannot read", hint="upload the folder yourself")
+            raise Refused(
+                "push_to_hub would upload files that from_pretrained cannot read", hint="upload the folder yourself"
+            )
         if not is_main_process:
             return
         with writing(Path(save_directory), _replaced, beside_others=True) as fresh:
-            index = checkpoint.write_files(self.model, fresh, values=state_dict)
-            # transformers adds entries to `metadata`; a text makes from_pretrained raise, and Trainer does not look at it.
+            index = write_files(self.model, fresh, values=state_dict)
+            # transformers adds entries to `metadata`; a text makes from_pretrained raise, and Trainer does not look
+            # at it.
             (fresh / _INDEX).write_text(json.dumps({"metadata": _NOTE, "weight_map": index}, indent=1) + "\n")
 
 
@@ -74,7 +80,9 @@ class SavePretrainedOfPart:
 
 
 def guard(model: nn.Module) -> None:
-    """Take the place of ``save_pretrained`` on a converted transformers model and on the inner models that hold experts."""
+    """Take the place of ``save_pretrained`` on a converted transformers model and on the inner models that hold
+    experts.
+    """
     anchors = [block.anchor for block in conversion_of(model).blocks]
     for path, module in model.named_modules():
         if not hasattr(type(module), "save_pretrained"):
@@ -86,4 +94,4 @@ def guard(model: nn.Module) -> None:
 
 
 def _replaced(name: str) -> bool:
-    return checkpoint.is_ours(name) or _TRANSFORMERS_FILES.fullmatch(name) is not None
+    return is_ours(name) or _TRANSFORMERS_FILES.fullmatch(name) is not None

@@ -12,24 +12,28 @@ from moeify.ir.modes import set_training
 class Region(nn.Module):
     """Called with (u_RF) or (u_RF, g_RF), gives h_RF.
 
-    The parameters it reads stay where the model has them, under their own names, and are shared by all experts; tensors that the
-    model does not have (constants of the capture) become buffers that state_dict leaves out.
+    The parameters it reads stay where the model has them, under their own names, and are shared by all experts;
+    tensors that the model does not have (constants of the capture) become buffers that state_dict leaves out.
     """
 
-    def __init__(self, region: fx.GraphModule, model: nn.Module) -> None:
+    def __init__(self, region: fx.GraphModule) -> None:
         super().__init__()
-        body, names = _lift(region)
-        self.body = body
+        self.body, self.names = _lift(region)
+        self.constants = {name: tensor_at(region, name).detach().clone() for name in self.names}
         # Pairs inside a list: nn.Module registers neither, so the parameters get no second name.
         self.reads: list[tuple[nn.Module, str]] = []
-        for number, name in enumerate(names):
+        self.train(False)
+
+    def bind(self, model: nn.Module) -> None:
+        """Find the tensors in the model that this module has become a part of."""
+        constants, self.constants = self.constants, {}
+        for number, name in enumerate(self.names):
             if has_tensor(model, name):
                 path, _, leaf = name.rpartition(".")
                 self.reads.append((model.get_submodule(path), leaf))
             else:
-                self.register_buffer(f"constant_{number}", tensor_at(region, name).detach().clone(), persistent=False)
+                self.register_buffer(f"constant_{number}", constants[name], persistent=False)
                 self.reads.append((self, f"constant_{number}"))
-        self.train(False)
 
     def forward(self, *rows: torch.Tensor) -> torch.Tensor:
         return self.body(*rows, *[getattr(module, leaf) for module, leaf in self.reads])
@@ -48,7 +52,9 @@ def reads(region: fx.GraphModule) -> list[str]:
 
 
 def keep(old: nn.Module, new: nn.Module, names: list[str], where: str) -> None:
-    """Register tensors of ``old`` on ``new`` under the same relative names: a replaced module takes its parameters with it."""
+    """Register tensors of ``old`` on ``new`` under the same relative names: a replaced module takes its parameters
+    with it.
+    """
     for name in names:
         path, _, leaf = name.rpartition(".")
         owner = new
@@ -107,5 +113,5 @@ def _lift(region: fx.GraphModule) -> tuple[fx.GraphModule, list[str]]:
         elif node.op != "placeholder":
             made[node] = graph.node_copy(node, made.__getitem__)
     body = fx.GraphModule(nn.Module(), graph)
-    body.training = True  # set_training decides; see Region.train
+    body.training = True  # Region.train(False) comes next and looks at it
     return body, names

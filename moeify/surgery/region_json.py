@@ -60,7 +60,7 @@ def _write(value: Any, anchor: str) -> Any:
         return [_write(item, anchor) for item in value]
     if type(value) in _TYPED:
         return {_TYPED[type(value)]: str(value).removeprefix("torch.")}
-    if isinstance(value, float) and value != value or value in (float("inf"), float("-inf")):
+    if (isinstance(value, float) and value != value) or value in (float("inf"), float("-inf")):
         return {"float": str(value)}
     if value is None or isinstance(value, (bool, int, float, str)):
         return value

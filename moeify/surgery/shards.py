@@ -14,13 +14,11 @@ from moeify.errors import OutputNotWritten, Refused, UnreadableFile
 SHARD_BYTES = 5 * 1000**3
 
 
-def write(
-    tensors: Mapping[str, torch.Tensor], folder: Path, stem: str, limit: int = SHARD_BYTES
-) -> dict[str, str]:
+def write(tensors: Mapping[str, torch.Tensor], folder: Path, stem: str, limit: int = SHARD_BYTES) -> dict[str, str]:
     """Write ``{stem}-00001-of-0000N.safetensors``; gives file name by tensor name.
 
-    A shard holds at least one tensor and otherwise at most ``limit`` bytes. Raises Refused for a tensor without a value,
-    OutputNotWritten or OSError.
+    A shard holds at least one tensor and otherwise at most ``limit`` bytes. Raises Refused for a tensor without a
+    value, OutputNotWritten or OSError.
     """
     groups = list(_groups(tensors, limit))
     index: dict[str, str] = {}

@@ -1,8 +1,8 @@
 """The dense model without weights, from what a checkpoint folder says about it.
 
-A transformers model is described by its class and configuration, any other model by a factory ``pkg.mod:function`` without
-arguments. Both mean importing a module that the file names: modules of transformers are taken, any other only when the caller
-names it.
+A transformers model is described by its class and configuration, any other model by a factory ``pkg.mod:function``
+without arguments. Both mean importing a module that the file names: modules of transformers are taken, any other only
+when the caller names it.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ def rebuild(
 ) -> nn.Module:
     """The model with real buffers and its parameters on the meta device.
 
-    Raises UsageError without a usable factory, InputError for modules that nobody allowed, UnreadableFile for a description
-    that makes no sense.
+    Raises UsageError without a usable factory, InputError for modules that nobody allowed, UnreadableFile for a
+    description that makes no sense.
     """
     if data.get("kind") == "transformers" and factory is None:
         return _from_transformers(data, config or "{}", allow)
@@ -64,7 +64,8 @@ def rebuild(
 
 @contextmanager
 def parameters_on_meta() -> Iterator[None]:
-    """Every parameter that a module registers lands on the meta device, before anything initialises it; buffers stay real.
+    """Every parameter that a module registers lands on the meta device, before anything initialises it; buffers stay
+    real.
 
     Patches ``nn.Module.register_parameter``, so it holds for the whole process while it lasts.
     """
@@ -104,7 +105,7 @@ def _named_factory(data: Mapping[str, Any], factory: str | None, allow: Sequence
     if not text:
         raise UsageError(
             f"the checkpoint does not say how to build its {data.get('class', 'model')}",
-            hint="pass factory=, a function without arguments that returns the dense model, or its name 'pkg.mod:function'",
+            hint="pass factory=, a function without arguments that returns the dense model, or its 'pkg.mod:function'",
         )
     module, colon, name = text.partition(":")
     if not colon:

@@ -1,9 +1,10 @@
 """What the two halves of a carrier share, and the halves without weights: ``Skip`` and ``Leave``.
 
-A carrier is a block whose up and down layers are called by code that also does other things (BertLayer, OPTDecoderLayer,
-nn.TransformerEncoderLayer). Nothing but the layers can be replaced, so the up layer becomes ``Enter``, which computes the whole
-mixture and parks the result, and the down layer becomes ``Leave``, which returns it. What flows between them, through the
-model's own activation and dropout, is a stretched zero that takes no memory and is thrown away.
+A carrier is a block whose up and down layers are called by code that also does other things (BertLayer,
+OPTDecoderLayer, nn.TransformerEncoderLayer). Nothing but the layers can be replaced, so the up layer becomes
+``Enter``, which computes the whole mixture and parks the result, and the down layer becomes ``Leave``, which returns
+it. What flows between them, through the model's own activation and dropout, is a stretched zero that takes no memory
+and is thrown away.
 
 Not thread-safe: two threads that run one model at the same time would mix their results (nn.DataParallel does that).
 """
@@ -55,8 +56,8 @@ class Slot:
 class Stand(nn.Module):
     """A module in the place of a linear layer: the attributes that other code reads of it, and no parameters.
 
-    ``out_features`` and ``in_features`` are those of the layer that stood there. ``channels`` is the axis of the features: -1, or
-    negative and further left for a convolution.
+    ``out_features`` and ``in_features`` are those of the layer that stood there. ``channels`` is the axis of the
+    features: -1, or negative and further left for a convolution.
     """
 
     in_features: int

@@ -13,8 +13,8 @@ from moeify.errors import Refused
 
 @dataclass
 class Tensors:
-    """``weights``: parameters and persistent buffers, each once, under its first name. ``aliases``: other name -> first name.
-    ``buffers``: those that state_dict leaves out. ``frozen``: parameters without gradient."""
+    """``weights``: parameters and persistent buffers, each once, under its first name. ``aliases``: other name ->
+    first name. ``buffers``: those that state_dict leaves out. ``frozen``: parameters without gradient."""
 
     weights: dict[str, torch.Tensor] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)

@@ -11,7 +11,9 @@ from moeify.errors import Refused
 
 
 class TokenIds:
-    """The ids of the forward pass that is under way. One object per model, shared by its layers; empty in a copy or pickle."""
+    """The ids of the forward pass that is under way. One object per model, shared by its layers; empty in a copy or
+    pickle.
+    """
 
     def __init__(self) -> None:
         self.value: torch.Tensor | None = None

@@ -1,8 +1,8 @@
 """Errors of a rewrite, block by block and whole.
 
-The dense program is run once with its blocks' outputs recorded. The rewritten program is then run twice: once teacher-forced
-(each block's output is compared with the dense one and replaced by it, so every block sees the dense model's own inputs and
-its error is its own), and once free, for the error of the whole model.
+The dense program is run once with its blocks' outputs recorded. The rewritten program is then run twice: once
+teacher-forced (each block's output is compared with the dense one and replaced by it, so every block sees the dense
+model's own inputs and its error is its own), and once free, for the error of the whole model.
 """
 
 from __future__ import annotations
@@ -103,8 +103,9 @@ def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:
 def tolerance_for(program: Program) -> float:
     """The bound for methods that are exact in theory.
 
-    1e-5 for float32 and wider: two orders above the rounding of one sum over F = 4096. Half-precision weights that a method
-    scales are rounded once more, to one unit of their last place, whatever the arithmetic; that unit is the bound then.
+    1e-5 for float32 and wider: two orders above the rounding of one sum over F = 4096. Half-precision weights that a
+    method scales are rounded once more, to one unit of their last place, whatever the arithmetic; that unit is the
+    bound then.
     """
     dtypes = {t.dtype for t in program.graph_module.parameters() if t.is_floating_point()}
     return max([1e-5, *(torch.finfo(d).eps for d in dtypes if d in _HALF)])
@@ -112,7 +113,9 @@ def tolerance_for(program: Program) -> float:
 
 @contextmanager
 def in_float32(program: Program) -> Iterator[fx.GraphModule]:
-    """The program's graph, computing in float32 where its parameters are half precision, so that errors are the rewrite's."""
+    """The program's graph, computing in float32 where its parameters are half precision, so that errors are the
+    rewrite's.
+    """
     module = program.graph_module
     if not any(t.dtype in _HALF for t in module.parameters()):
         yield module

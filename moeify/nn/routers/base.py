@@ -1,7 +1,8 @@
 """What a router is: a module that gives each token its experts and their weights, and the options that build it.
 
-The module is the only definition. Module form uses it as it is; graph form inlines the ATen graph it traces to, so whatever
-a router does must export with a dynamic number of tokens and stay ordinary ATen ops (or ``moe.*`` ops with a train flag).
+The module is the only definition. Module form uses it as it is; graph form inlines the ATen graph it traces to, so
+whatever a router does must export with a dynamic number of tokens and stay ordinary ATen ops (or ``moe.*`` ops with a
+train flag).
 """
 
 from __future__ import annotations

@@ -13,7 +13,9 @@ def highest(scores_TE: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     rows and must be chosen together, and a router whose weights are zero scores every expert alike.
     """
     values, order = torch.sort(scores_TE, dim=-1, descending=True, stable=True)
-    return values[:, :top_k], order[:, :top_k]
+    # values[:, :top_k] would trace to two slices each.
+    first = torch.ops.aten.slice.Tensor
+    return first(values, 1, 0, top_k), first(order, 1, 0, top_k)
 
 
 def softmax(logits: Tensor) -> Tensor:

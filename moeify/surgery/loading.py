@@ -1,19 +1,9 @@
-"""The checkpoint of the module form: a folder of safetensors with ``moeify.json``.
-
-    moeify.json                             format, recipe, blocks, how to rebuild the dense skeleton, provenance, report
-    dense_config.json                       the configuration of a transformers model
-    moeify-00001-of-0000N.safetensors       parameters and persistent buffers, shared ones once
-    moeify-buffers-....safetensors          buffers that state_dict leaves out (rotary frequencies, ...)
-
-No file has a name that transformers' ``from_pretrained`` reads: on this folder it fails instead of drawing new FFNs.
-"""
+"""Reading a checkpoint folder: a skeleton without weights, the recipe applied to its structure, the tensors put in."""
 
 from __future__ import annotations
 
 import json
-import platform
-from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,81 +13,19 @@ from torch import nn
 from moeify.errors import BadRecipe, StateDictMismatch, UnreadableFile
 from moeify.ir.recipe import Recipe
 from moeify.surgery import block_json, shards, skeleton
-from moeify.surgery.conversion import Conversion, conversion_of
-from moeify.surgery.folder import MARKER, writing
+from moeify.surgery.conversion import Conversion
+from moeify.surgery.layout import CONFIG, FIELDS, FORMAT, MARKER, VERSION
+from moeify.surgery.pretrained import guard
 from moeify.surgery.replace import rewrite
 from moeify.surgery.tensors import assign, collect
 
-FORMAT = "moeify-module"
-VERSION = 1
-CONFIG = "dense_config.json"
 
-
-def save(
-    model: nn.Module,
-    folder: str | Path,
-    *,
-    factory: str | None = None,
-    report: Mapping[str, Any] | None = None,
-) -> None:
-    """Write the checkpoint folder of a model that ``apply`` converted.
-
-    ``factory`` (``pkg.mod:function``) rebuilds the dense model where it is not a transformers model. A folder of ours, an empty
-    one or none is replaced as a whole; anything else is refused. Raises UsageError, Refused, OutputNotWritten.
-    """
-    with writing(Path(folder), is_ours) as fresh:
-        write_files(model, fresh, factory=factory, report=report)
-
-
-def is_ours(name: str) -> bool:
-    """Whether a file of that name may stem from an earlier save."""
-    return name in (MARKER, CONFIG) or (name.startswith("moeify-") and name.endswith(".safetensors"))
-
-
-def write_files(
-    model: nn.Module,
-    folder: Path,
-    *,
-    factory: str | None = None,
-    report: Mapping[str, Any] | None = None,
-    values: Mapping[str, torch.Tensor] | None = None,
-) -> dict[str, str]:
-    """Write the files into an existing folder; gives the shard by tensor name. ``values`` replaces the model's own tensors."""
-    conversion = conversion_of(model)
-    tensors = collect(model)
-    weights = {name: (values or {}).get(name, tensor) for name, tensor in tensors.weights.items()}
-    described, config = skeleton.describe(model, factory or conversion.factory)
-    index = shards.write(weights, folder, "moeify")
-    buffers = shards.write(tensors.buffers, folder, "moeify-buffers")
-    data = {
-        "format": FORMAT,
-        "format_version": VERSION,
-        "skeleton": described,
-        "recipe": conversion.recipe.to_dict(),
-        "blocks": [block_json.to_data(block) for block in conversion.blocks],
-        "token_ids_of": conversion.token_ids_of,
-        "weights": index,
-        "buffers": buffers,
-        "aliases": tensors.aliases,
-        "frozen": tensors.frozen,
-        "versions": _versions(),
-        "provenance": conversion.provenance,
-        "report": dict(report) if report is not None else conversion.report,
-    }
-    if config is not None:
-        (folder / CONFIG).write_text(config)
-    (folder / MARKER).write_text(json.dumps(data, indent=1, default=str) + "\n")
-    return index
-
-
-def load(
-    folder: str | Path, *, factory: skeleton.Factory | str | None = None, allow: Sequence[str] = ()
-) -> nn.Module:
+def load(folder: str | Path, *, factory: skeleton.Factory | str | None = None, allow: Sequence[str] = ()) -> nn.Module:
     """Read a checkpoint folder: the model in eval mode, on the CPU.
 
-    The dense skeleton is built without weights, the recipe is applied to its structure, and the tensors are put in. ``factory``
-    (a function or ``pkg.mod:function``) overrides what the folder says; ``allow`` names modules outside transformers that the
-    folder may import. Raises InputError (UnreadableFile, StateDictMismatch) or UsageError.
+    The dense skeleton is built without weights, the recipe is applied to its structure, and the tensors are put in.
+    ``factory`` (a function or ``pkg.mod:function``) overrides what the folder says; ``allow`` names modules outside
+    transformers that the folder may import. Raises InputError (UnreadableFile, StateDictMismatch) or UsageError.
     """
     folder = Path(folder)
     data = _read_marker(folder)
@@ -117,6 +45,7 @@ def load(
         raise _not_understood(folder, error) from error
     rewrite(model, conversion, values=False)
     _fill(model, folder, data)
+    guard(model)
     return model.eval()
 
 
@@ -137,15 +66,10 @@ def _read_marker(folder: Path) -> dict[str, Any]:
             where=str(folder),
             hint="install the version of moeify that wrote it",
         )
-    missing = [key for key in _KEYS if key not in data]
+    missing = [key for key in FIELDS if key not in data]
     if missing:
         raise UnreadableFile(f"{folder / MARKER} has no field {missing[0]!r}")
     return data
-
-
-_KEYS = (
-    "skeleton recipe blocks token_ids_of weights buffers aliases frozen versions provenance report"
-).split()
 
 
 def _fill(model: nn.Module, folder: Path, data: Mapping[str, Any]) -> None:
@@ -161,10 +85,8 @@ def _fill(model: nn.Module, folder: Path, data: Mapping[str, Any]) -> None:
     for name, tensor in _tensors(folder, data["weights"]):
         for place in (name, *also.get(name, ())):
             if slots[place].shape != tensor.shape:
-                raise StateDictMismatch(
-                    f"{place} has shape {list(tensor.shape)} in the checkpoint and {list(slots[place].shape)} in the model",
-                    where=str(folder),
-                )
+                shapes = f"{list(tensor.shape)} in the checkpoint and {list(slots[place].shape)} in the model"
+                raise StateDictMismatch(f"{place} has shape {shapes}", where=str(folder))
         value = tensor
         if isinstance(slots[name], nn.Parameter):
             value = nn.Parameter(tensor, requires_grad=name not in frozen)
@@ -177,7 +99,7 @@ def _fill(model: nn.Module, folder: Path, data: Mapping[str, Any]) -> None:
             assign(model, name, tensor)
 
 
-def _tensors(folder: Path, index: Mapping[str, str]) -> Any:
+def _tensors(folder: Path, index: Mapping[str, str]) -> Iterator[tuple[str, torch.Tensor]]:
     for file in sorted(set(index.values())):
         if Path(file).name != file:
             raise UnreadableFile(f"the checkpoint names the file {file!r} outside its folder", where=str(folder))
@@ -205,13 +127,3 @@ def _some(names: set[str]) -> str:
 
 def _not_understood(folder: Path, error: Exception) -> UnreadableFile:
     return UnreadableFile(f"{folder / MARKER} does not make sense: {error}")
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in ("moeify", "torch", "transformers", "safetensors"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
