@@ -19,7 +19,7 @@ def atomically(path: Path) -> Iterator[Path]:
     the rename. Raises OutputNotWritten for what the operating system refuses (no space, no permission, no such
     folder).
     """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}{path.suffix}")
     try:
         yield temporary
         with temporary.open("rb") as file:

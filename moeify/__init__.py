@@ -16,7 +16,9 @@ __version__ = "0.1.0"
 
 def _is_command() -> bool:
     """Whether this process is the ``moeify`` command: it starts without torch, and each subcommand imports its own."""
-    return Path(sys.argv[0]).name in ("moeify", "moeify.exe") or ("-m", "moeify") in zip(sys.orig_argv, sys.orig_argv[1:])
+    return Path(sys.argv[0]).name in ("moeify", "moeify.exe") or ("-m", "moeify") in zip(
+        sys.orig_argv, sys.orig_argv[1:]
+    )
 
 
 if not _is_command():

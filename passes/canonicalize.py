@@ -25,8 +25,8 @@ class Canonicalize(Pass):
     Before:  h = linear(x, w); r = relu_(h); d = dropout(r, 0.0, False); y = linear(d, v)
     After:   h = linear(x, w); r = relu(h); y = linear(r, v)
 
-    An in-place operator stays where another name for the same memory is read afterwards, and where it writes to an input or
-    a buffer. The function is unchanged to the last bit, gradients too.
+    An in-place operator stays where another name for the same memory is read afterwards, and where it writes to an
+    input or a buffer. The function is unchanged to the last bit, gradients too.
     """
 
     name: ClassVar[str] = "canonicalize"
@@ -99,7 +99,17 @@ def _operands(node: fx.Node, write: bool) -> Iterable[fx.Node]:
 
 
 # These may return their operand or a copy; their schema says either "alias" or nothing.
-_MAYBE_ALIAS = {"reshape", "contiguous", "to", "flatten", "dropout", "type_as", "_reshape_alias", "expand_as", "feature_dropout"}
+_MAYBE_ALIAS = {
+    "reshape",
+    "contiguous",
+    "to",
+    "flatten",
+    "dropout",
+    "type_as",
+    "_reshape_alias",
+    "expand_as",
+    "feature_dropout",
+}
 
 
 def _writes(node: fx.Node) -> tuple[fx.Node, ...]:
@@ -221,7 +231,7 @@ def _is_no_op(node: fx.Node) -> bool:
         same = before.dtype == after.dtype and before.device == after.device and before.layout == after.layout
         return same and node.kwargs.get("memory_format") in (None, torch.preserve_format)
     if name == "slice":
-        dim, start, end, step = (list(node.args[1:]) + [0, None, None, 1][len(node.args) - 1 :])[:4]
+        _, start, end, step = (list(node.args[1:]) + [0, None, None, 1][len(node.args) - 1 :])[:4]
         return start in (0, None) and end in (_WHOLE, None) and step == 1
     if name == "expand":
         return all(isinstance(size, int) and size == -1 for size in node.args[1])

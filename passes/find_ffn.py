@@ -144,6 +144,8 @@ class _Writer:
 
 
 def _reads_parameters_only(node: fx.Node) -> bool:
-    return node.op == "call_function" and bool(node.all_input_nodes) and all(
-        n.op == "get_attr" or _reads_parameters_only(n) for n in node.all_input_nodes
+    return (
+        node.op == "call_function"
+        and bool(node.all_input_nodes)
+        and all(n.op == "get_attr" or _reads_parameters_only(n) for n in node.all_input_nodes)
     )

@@ -13,7 +13,7 @@ from moeify.experts.base import ExpertPlan
 from moeify.experts.planning import plan_block
 from moeify.ir.block import Block
 from moeify.ir.emit import Emitter, arguments, replace
-from moeify.ir.expert_nodes import flatten_tokens, routed_experts, shared_experts, uniform_routing, unflatten_tokens
+from moeify.ir.expert_nodes import flatten_tokens, routed_experts, shared_experts, unflatten_tokens, uniform_routing
 from moeify.ir.metadata import outputs
 from moeify.ir.program import Program
 from moeify.ir.weights import WeightRecipe
@@ -41,6 +41,9 @@ class MakeExperts(Pass):
     def apply(self, program: Program, log: Log) -> None:
         by_name = {node.name: node for node in program.graph.nodes}
         output = outputs(program.graph)
+        made: dict[
+            fx.Node, fx.Node
+        ] = {}  # dense output -> what stands in its place, perhaps the input of a later block
         for block in program.converted():
             plan = plan_block(program, block)
             for recipe in _recipes(block, plan):
@@ -48,10 +51,11 @@ class MakeExperts(Pass):
             for call, site in enumerate(block.calls):
                 dense = output[block.anchor, call]
                 if dense.target == torch.ops.moeify.ffn.default:
-                    _replace_ffn(program, block, plan, call, dense)
+                    made[dense] = _replace_ffn(program, block, plan, call, dense)
                 else:
+                    x = by_name[site.input]
                     nodes = [by_name[name] for name in site.nodes if name != dense.name]
-                    _replace_nodes(program, block, plan, call, by_name[site.input], nodes, dense)
+                    made[dense] = _replace_nodes(program, block, plan, call, made.get(x, x), nodes, dense)
             log(_line(program, block, plan))
         program.graph_module.recompile()
 
@@ -75,18 +79,21 @@ def _recipes(block: Block, plan: ExpertPlan) -> list[WeightRecipe]:
     return recipes
 
 
-def _replace_ffn(program: Program, block: Block, plan: ExpertPlan, call: int, dense: fx.Node) -> None:
+def _replace_ffn(program: Program, block: Block, plan: ExpertPlan, call: int, dense: fx.Node) -> fx.Node:
     emit = Emitter(program, dense, block.anchor, call, dense)
     given = arguments(dense)
     x: fx.Node = given["x"]
     y_TD = _mixture(emit, block, plan, flatten_tokens(emit, x), train=given["train"])
-    replace(dense, unflatten_tokens(emit, y_TD, x))
+    y = unflatten_tokens(emit, y_TD, x)
+    replace(dense, y)
+    return y
 
 
 def _replace_nodes(
     program: Program, block: Block, plan: ExpertPlan, call: int, x: fx.Node, nodes: list[fx.Node], dense: fx.Node
-) -> None:
+) -> fx.Node:
     emit = Emitter(program, dense, block.anchor, call, dense)
+    _read_sizes_off(x, nodes)
     last = x.meta["val"].dim() - 1
     if block.layout == "channels-first":
         x = emit.call("dispatch", _aten.permute.default, x, [0, *range(2, last + 1), 1])
@@ -97,6 +104,19 @@ def _replace_nodes(
     for node in reversed(nodes):
         if not node.users:
             program.graph.erase_node(node)
+    return y
+
+
+def _read_sizes_off(x: fx.Node, nodes: list[fx.Node]) -> None:
+    """Let whoever reads a size off the dense block's inner nodes read it off ``x``, so that they can go."""
+    inside = set(nodes)
+    sizes = {str(size): dim for dim, size in enumerate(x.meta["val"].shape) if not isinstance(size, int)}
+    for node in nodes:
+        for user in list(node.users):
+            if user.target == _aten.sym_size.int and user not in inside:
+                dim = sizes.get(str(user.meta["val"]))
+                if dim is not None:
+                    user.args = (x, dim)
 
 
 def _mixture(emit: Emitter, block: Block, plan: ExpertPlan, x_TD: fx.Node, *, train: Any) -> fx.Node:
@@ -106,9 +126,7 @@ def _mixture(emit: Emitter, block: Block, plan: ExpertPlan, x_TD: fx.Node, *, tr
     if plan.shared:
         shared = {role: recipe.name for role, recipe in plan.shared.items()}
         gate = f"{block.anchor}.shared_gate.weight" if plan.shared_gate else None
-        y_TD = emit.call(
-            "shared", _aten.add.Tensor, y_TD, shared_experts(emit, block, shared, gate, x_TD, train)
-        )
+        y_TD = emit.call("shared", _aten.add.Tensor, y_TD, shared_experts(emit, block, shared, gate, x_TD, train))
     if plan.output_bias is not None:
         bias = emit.parameter("experts", plan.output_bias.name)
         y_TD = emit.call("experts", _aten.add.Tensor, y_TD, bias)

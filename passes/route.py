@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import fx
@@ -44,7 +45,6 @@ class Route(Pass):
 
     def apply(self, program: Program, log: Log) -> None:
         routing = {block.anchor: _Routing(program, block) for block in program.converted()}
-        traces: dict[tuple, fx.GraphModule] = {}
         ids: list[TokenIds] | None = None
         weights: dict[tuple[str, int], fx.Node] = {}
         replaced: list[fx.Node] = []
@@ -58,7 +58,7 @@ class Route(Pass):
                     ids = embedded_ids(program.graph)
                 emit = Emitter(program, node, mark.block, mark.call, node)
                 mode = node.args[0].meta["val"].fake_mode
-                experts_TK, weights_TK = here.inline(emit, node.args[0], ids or [], traces, log)
+                experts_TK, weights_TK = here.inline(emit, node.args[0], ids or [], log)
                 weights[mark.block, mark.call] = weights_TK
                 replaced.append(node.args[1])
                 node.update_arg(1, experts_TK)
@@ -89,9 +89,7 @@ class _Routing:
                 f"the {self.spec.name} router mixes tokens, and the model may be causal", where=self.block.path
             )
 
-    def inline(
-        self, emit: Emitter, x_TD: fx.Node, ids: list[TokenIds], traces: dict[tuple, fx.GraphModule], log: Log
-    ) -> tuple[fx.Node, fx.Node]:
+    def inline(self, emit: Emitter, x_TD: fx.Node, ids: list[TokenIds], log: Log) -> tuple[fx.Node, fx.Node]:
         args, vocabulary = [x_TD], None
         if self.spec.needs_token_ids:
             found = self._token_ids(x_TD, ids)
@@ -99,12 +97,10 @@ class _Routing:
             vocabulary = found.vocabulary
         if self.router is None:
             self.router = self._build(x_TD, vocabulary, log)
-        key = (str(self.spec), self.block.d_model, self.router.num_experts, self.router.top_k,
-               x_TD.meta["val"].dtype, vocabulary)  # fmt: skip
-        if key not in traces:
-            traces[key] = _trace(self.router, x_TD.meta["val"], self.spec.needs_token_ids)
+        dtype = x_TD.meta["val"].dtype
+        graph = _traced(self.spec, self.block.d_model, self.router.num_experts, self.router.top_k, dtype, vocabulary)
         prefix = f"{self.block.anchor}.router."
-        experts_TK, weights_TK = inline(emit, traces[key], args, prefix.__add__, "router")
+        experts_TK, weights_TK = inline(emit, graph, args, prefix.__add__, "router")
         return experts_TK, weights_TK
 
     def _build(self, x_TD: fx.Node, vocabulary: int | None, log: Log) -> Router:
@@ -123,8 +119,8 @@ class _Routing:
         device = val.device if val.device.type != "meta" else torch.device("cpu")
         for name, value in router.named_parameters():
             program.set_parameter(f"{block.anchor}.router.{name}", value.detach().to(device))
-        for name, value in router.named_buffers():
-            program.set_buffer(f"{block.anchor}.router.{name}", value.to(device))
+        for name, table in router.named_buffers():
+            program.set_buffer(f"{block.anchor}.router.{name}", table.to(device))
         log(f"{block.path}: {self.spec} over {plan.num_experts} experts, {recipe.top_k} per token")
         return router
 
@@ -144,9 +140,14 @@ class _Routing:
         return found
 
 
-def _trace(router: Router, val: Any, needs_token_ids: bool) -> fx.GraphModule:
-    x = torch.zeros(4, val.shape[1], dtype=val.dtype)
-    args = (x, torch.zeros(4, dtype=torch.int64)) if needs_token_ids else (x,)
+@functools.lru_cache(maxsize=16)
+def _traced(
+    spec: RouterSpec, d_model: int, num_experts: int, top_k: int, dtype: torch.dtype, vocabulary: int | None
+) -> fx.GraphModule:
+    """The router's graph; the values of its parameters are no part of it, so one serves all blocks of a size."""
+    router = spec.build(d_model, num_experts, top_k, dtype=dtype, vocabulary=vocabulary)
+    x, token_ids = torch.zeros(4, d_model, dtype=dtype), torch.zeros(4, dtype=torch.int64)
+    args = (x, token_ids) if spec.needs_token_ids else (x,)
     return trace(router, args, dynamic=range(len(args)))
 
 

@@ -54,9 +54,7 @@ def _choose(text: str, candidates: list[Block], found: list[Block]) -> list[Bloc
         return _by_globs(text, candidates, found)
     word, number = counted[1], counted[2].strip()
     if not number.isdecimal() or int(number) == 0:
-        raise BadRecipe(
-            f"blocks is {text!r}: {word}: wants a whole number of at least 1", hint=f"write {word}:2"
-        )
+        raise BadRecipe(f"blocks is {text!r}: {word}: wants a whole number of at least 1", hint=f"write {word}:2")
     n = int(number)
     if n > len(candidates):
         raise NoBlocks(f"{text} asks for more blocks than there are, {len(candidates)}", hint=_paths(candidates))
@@ -70,7 +68,11 @@ def _by_globs(text: str, candidates: list[Block], found: list[Block]) -> list[Bl
             continue
         for block in found:
             if fnmatch.fnmatchcase(block.path, glob):
-                raise NoBlocks(f"{glob!r} matches no block that may be rewritten: {block.reason}", where=block.path)
+                raise NoBlocks(
+                    f"{glob!r} matches no block that may be rewritten: {block.reason}",
+                    where=block.path,
+                    hint=f"--include {block.rows} selects it nevertheless" if block.rows in _KINDS else None,
+                )
         raise NoBlocks(f"{glob!r} matches no block", hint=_paths(candidates))
     return [block for block in candidates if any(fnmatch.fnmatchcase(block.path, glob) for glob in globs)]
 

@@ -25,9 +25,8 @@ PAIRS = [
 
 def embed(model: torch.nn.Module, tokens: dict[str, torch.Tensor]) -> torch.Tensor:
     """Mean of the last hidden states over the real tokens, normalised: what the model's card prescribes."""
-    names = ("input_ids", "attention_mask", "token_type_ids")
     with torch.no_grad():
-        hidden = model(*(tokens[name] for name in names))["last_hidden_state"]
+        hidden = model(tokens["input_ids"], tokens["attention_mask"])["last_hidden_state"]
     mask = tokens["attention_mask"].unsqueeze(-1)
     return torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
 

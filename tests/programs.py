@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -89,7 +91,7 @@ class Images(nn.Module):
 
 def capture(model: nn.Module, example: Tensor, dynamic: tuple[int, ...] = (0, 1)) -> Program:
     """The model as a Program without blocks."""
-    shapes = ({dim: torch.export.Dim.AUTO for dim in dynamic},)
+    shapes = (dict.fromkeys(dynamic, torch.export.Dim.AUTO),)
     with torch.enable_grad():
         exported = torch.export.export(model.eval(), (example,), dynamic_shapes=shapes, strict=False)
     graph_module = exported.module(check_guards=False)
@@ -97,12 +99,10 @@ def capture(model: nn.Module, example: Tensor, dynamic: tuple[int, ...] = (0, 1)
     return Program(graph_module, (InputSpec("x", example.dtype, shape),), (example,))  # type: ignore[arg-type]
 
 
-def program(layers: list[nn.Module], **recipe: Any) -> Program:
+def program(layers: list[nn.Module]) -> Program:
     """``Layers`` of named activations, with their blocks found."""
-    torch.manual_seed(0)
     model = Layers(layers)
     made = capture(model, torch.randint(40, (2, 5)))
-    made.recipe = Recipe(**recipe)
     by_weight: dict[str, Block] = {}
     for node in list(made.graph.nodes):
         if node.target != torch.ops.moeify.ffn.default:
@@ -118,41 +118,61 @@ def program(layers: list[nn.Module], **recipe: Any) -> Program:
 
 
 def plain(count: int = 1, **recipe: Any) -> Program:
-    return program([Ffn() for _ in range(count)], **recipe)
+    return _fresh("plain", count, recipe)
 
 
 def gated(count: int = 1, **recipe: Any) -> Program:
-    return program([Ffn(gated=True, bias=False, activation="silu") for _ in range(count)], **recipe)
+    return _fresh("gated", count, recipe)
 
 
 def with_dropout(**recipe: Any) -> Program:
-    return program([Ffn(dropout=0.1)], **recipe)
+    return _fresh("dropout", 1, recipe)
 
 
 def shared_weights(**recipe: Any) -> Program:
     """One block, called twice."""
-    layer = Ffn()
-    return program([layer, layer], **recipe)
+    return _fresh("shared weights", 1, recipe)
 
 
 def custom(*, pointwise: bool = True, **recipe: Any) -> Program:
     """One block whose activation has no name."""
-    torch.manual_seed(0)
-    model = Layers([CustomFfn(pointwise=pointwise)])
-    return _custom(capture(model, torch.randint(40, (2, 5))), model, "layers.0", **recipe)
+    return _fresh("custom" if pointwise else "custom norm", 1, recipe)
 
 
 def images(**recipe: Any) -> Program:
     """One channels-first block whose activation has no name."""
+    return _fresh("images", 1, recipe)
+
+
+def _fresh(kind: str, count: int, recipe: dict[str, Any]) -> Program:
+    """A Program of its own: captured once, copied for every test."""
+    made = _captured(kind, count).clone()
+    made.blocks = [copy.copy(block) for block in made.blocks]
+    made.recipe = Recipe(**recipe)
+    return made
+
+
+@functools.cache
+def _captured(kind: str, count: int) -> Program:
     torch.manual_seed(0)
-    model = Images()
-    return _custom(capture(model, torch.randn(2, D, 4, 5), (0, 2, 3)), model, "block", **recipe)
+    if kind == "plain":
+        return program([Ffn() for _ in range(count)])
+    if kind == "gated":
+        return program([Ffn(gated=True, bias=False, activation="silu") for _ in range(count)])
+    if kind == "dropout":
+        return program([Ffn(dropout=0.1)])
+    if kind == "shared weights":
+        return program([Ffn()] * 2)
+    if kind == "images":
+        model: nn.Module = Images()
+        return _custom(capture(model, torch.randn(2, D, 4, 5), (0, 2, 3)), model, "block")
+    model = Layers([CustomFfn(pointwise=kind == "custom")])
+    return _custom(capture(model, torch.randint(40, (2, 5))), model, "layers.0")
 
 
-def _custom(made: Program, model: nn.Module, path: str, **recipe: Any) -> Program:
+def _custom(made: Program, model: nn.Module, path: str) -> Program:
     layer = model.get_submodule(path)
     assert isinstance(layer, CustomFfn)
-    made.recipe = Recipe(**recipe)
     linear = torch.ops.aten.conv2d.default if layer.channels_first else torch.ops.aten.linear.default
     nodes = list(made.graph.nodes)
     up = next(n for n in nodes if n.target == linear and n.args[1].target == f"{path}.up.weight")

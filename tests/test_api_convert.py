@@ -234,9 +234,14 @@ def test_outputs_that_cannot_be(dense: Path, tmp_path: Path) -> None:
     with pytest.raises(OutputNotWritten) as error:
         convert_file(dense, tmp_path / "no" / "o.pt2", Recipe(), inputs=SPEC)
     assert error.value.what == f"cannot write {tmp_path}/no/o.pt2: the folder {tmp_path}/no does not exist"
+    folder = tmp_path / "f.pt2"
+    folder.mkdir()
     with pytest.raises(OutputNotWritten) as error:
-        convert_file(dense, tmp_path, Recipe(), inputs=SPEC)
-    assert error.value.what == f"cannot write {tmp_path}: it is a folder"
+        convert_file(dense, folder, Recipe(), inputs=SPEC)
+    assert error.value.what == f"cannot write {folder}: it is a folder"
+    with pytest.raises(UsageError) as error:
+        convert_file(dense, tmp_path / "o.onnx", Recipe(), inputs=SPEC)
+    assert str(error.value) == f"the output {tmp_path}/o.onnx does not end in .pt2\n  hint: write {tmp_path}/o.pt2"
 
 
 def test_data_that_does_not_fit(dense: Path, tmp_path: Path) -> None:

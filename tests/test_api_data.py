@@ -40,7 +40,7 @@ class Evil:
 
 
 def test_pickles_are_not_executed(tmp_path: Path) -> None:
-    (tmp_path / "e.pt").write_bytes(pickle.dumps(Evil()))
+    (tmp_path / "e.pt").write_bytes(pickle.dumps(Evil(), protocol=2))
     with pytest.raises(UnreadableFile):
         read(tmp_path / "e.pt", SPECS)
     torch.save({"ids": Evil()}, tmp_path / "z.pt")

@@ -1,4 +1,5 @@
-"""Archives of torch.export: good ones load with their inputs, and every way of running code from one is refused.
+"""Archives of torch.export: good ones load with their inputs, and every way of running code from one is
+refused.
 
 torch.export.load of torch 2.13 runs several of these even with TORCH_FORCE_WEIGHTS_ONLY_LOAD=1.
 """
@@ -141,8 +142,13 @@ def attacks(records, canary):
     weights = json.loads(records["data/weights/model_weights_config.json"])
     weights["config"]["0.weight"]["use_pickle"] = True
     weights_config = json.dumps(weights).encode()
-    found["weight"] = {"data/weights/model_weights_config.json": weights_config, "data/weights/weight_0": evil}
-    constants = {"config": {"c": {"path_name": "opaque_obj_0", "is_param": False, "use_pickle": True, "tensor_meta": None}}}
+    found["weight"] = {
+        "data/weights/model_weights_config.json": weights_config,
+        "data/weights/weight_0": evil,
+    }
+    constants = {
+        "config": {"c": {"path_name": "opaque_obj_0", "is_param": False, "use_pickle": True, "tensor_meta": None}}
+    }
     found["opaque constant"] = {
         "data/constants/model_constants_config.json": json.dumps(constants).encode(),
         "data/constants/opaque_obj_0": pickle.dumps(Runs(os.system, touch)),
@@ -202,8 +208,9 @@ def test_an_archive_with_training_flags_is_switched_to_eval(tmp_path):
     program = capture(load(path).module)
     x = torch.randn(3, 4)
     torch.testing.assert_close(program.graph_module(x), model.eval()(x))
-    assert "the archive was exported in train mode: dropout and batch norm are switched to eval" in (
-        program.provenance["notes"]
+    assert (
+        "the archive was exported in train mode: dropout and batch norm are switched to eval"
+        in (program.provenance["notes"])
     )
 
 
@@ -228,7 +235,8 @@ def test_transformers_archives_pass_the_scan(tmp_path):
     )
     program = capture(transformers.LlamaModel(config).eval(), ["input_ids=int64[batch=2,seq=8]"])
     shapes = tuple(
-        {i: torch.export.Dim.AUTO for i, size in enumerate(spec.shape) if isinstance(size, str)} for spec in program.inputs
+        {i: torch.export.Dim.AUTO for i, size in enumerate(spec.shape) if isinstance(size, str)}
+        for spec in program.inputs
     )
     exported = torch.export.export(program.graph_module, program.example, dynamic_shapes=shapes, strict=False)
     path = tmp_path / "llama.pt2"

@@ -27,7 +27,7 @@ from tests.view_programs import stack
         ([0, 1, 2, 5], "0-2,5"),
         ([0, 2], "0,2"),
         ([0, 2, 4, 6], "0,2..6"),
-        ([1, 4, 7], "1,4..7"),
+        ([1, 4, 7], "1,4,7"),
     ],
 )
 def test_ranges(numbers: list[int], text: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import nn
 
@@ -19,7 +21,7 @@ class Layer(nn.Module):
 
 
 class Stack(nn.Module):
-    """An embedding-like projection, ``depth`` equal layers, a head; with ``shared`` one layer is called ``depth`` times."""
+    """A projection, ``depth`` equal layers, a head; with ``shared`` one layer is called ``depth`` times."""
 
     def __init__(self, depth: int, *, shared: bool = False, odd: int | None = None) -> None:
         super().__init__()
@@ -38,7 +40,11 @@ class Stack(nn.Module):
 
 def stack(depth: int, *, shared: bool = False, odd: int | None = None) -> Program:
     """A captured Stack with inputs ``x=float32[batch, seq, 3]``."""
-    torch.manual_seed(0)
+    return _captured(depth, shared, odd).clone()
+
+
+@functools.cache
+def _captured(depth: int, shared: bool, odd: int | None) -> Program:
     x = torch.randn(2, 5, 3)
     dims = ({0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO},)
     exported = torch.export.export(Stack(depth, shared=shared, odd=odd).eval(), (x,), dynamic_shapes=dims, strict=False)

@@ -210,6 +210,8 @@ def captured(
 
 
 def _check_output(path: Path) -> None:
+    if path.suffix != ".pt2":
+        raise UsageError(f"the output {path} does not end in .pt2", hint=f"write {path.with_suffix('.pt2')}")
     if not path.parent.is_dir():
         raise OutputNotWritten(f"cannot write {path}: the folder {path.parent} does not exist")
     if path.is_dir():

@@ -31,8 +31,8 @@ def graph(screen: Screen, program: Program) -> None:
     """An outline with a row per distinct layer, then one text per distinct layer."""
     folds = fold(program)
     screen.line("layers", "bold")
-    rows = [(_title(part), f"{len(part.lines)} nodes", _operators(part)) for part in folds]
-    for line in table(("layer", "one of them", "moe operators"), rows, screen.width):
+    rows = [(_title(part), str(len(part.lines)), _operators(part)) for part in folds]
+    for line in table(("layer", "nodes", "moe operators"), rows, screen.width):
         screen.line(line)
     screen.line()
     for spec in program.inputs:

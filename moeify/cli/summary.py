@@ -28,7 +28,9 @@ def blocks_table(screen: Screen, report: Report) -> None:
         for number, line in enumerate(lines):
             screen.line(line, "bold" if number < heads else None)
         if len(groups) < len(converted):
-            screen.line("  (figures of one block; the error is the largest of the row)", "dim")
+            measured = any(block.relative_error is not None for block in converted)
+            largest = "; the error is the largest of its row" if measured else ""
+            screen.line(f"  (figures are those of one block{largest})", "dim")
     _left_dense(screen, [block for block in report.blocks if not block.converted])
 
 
@@ -71,7 +73,8 @@ def facts(screen: Screen, report: Report, *, hint: str | None) -> None:
         screen.paragraph("inputs", "; ".join(report.inputs), column=COLUMN)
     made = sorted({_made_by(block) for block in report.blocks if block.converted})
     if len(made) == 1:
-        screen.paragraph("made by", f"{made[0]}, seed {report.recipe.get('seed', 0)}", column=COLUMN)
+        shared = f", {report.recipe['shared']} shared" if report.recipe.get("shared") else ""
+        screen.paragraph("made by", f"{made[0]}{shared}, seed {report.recipe.get('seed', 0)}", column=COLUMN)
     if any(block.converted for block in report.blocks):
         screen.paragraph(
             "parameters", change(report.parameters_before, report.parameters_after) + " in all", column=COLUMN
@@ -99,7 +102,7 @@ def proof(screen: Screen, report: Report) -> None:
         which = "every block" if not changed else f"{len(exact)} of {len(converted)} blocks"
         parts.append(f"{which} within {report.tolerance:.0e} (largest {error(max(exact))})")
     if changed:
-        blocks = "every block" if not exact else f"{len(changed)} blocks"
+        blocks = "every block" if not exact else f"{len(changed)} block{'s' * (len(changed) > 1)}"
         parts.append(f"{blocks} changed by design (largest {error(max(changed))})")
     head = ("verified" if not changed else "measured") if report.verified else "not verified"
     screen.paragraph(head, ", ".join([*parts, whole]), column=COLUMN, style="bold")

@@ -55,9 +55,7 @@ class Copy(Method):
         def compute(weight: Tensor) -> Tensor:
             return stack(weight, num_experts, scale)
 
-        return WeightRecipe(
-            f"{block.anchor}.experts.{role}", (num_experts, *ref.shape), (ref,), compute, dtype
-        )
+        return WeightRecipe(f"{block.anchor}.experts.{role}", (num_experts, *ref.shape), (ref,), compute, dtype)
 
 
 def stack(weight: Tensor, num_experts: int, scale: float = 1.0) -> Tensor:

@@ -48,17 +48,14 @@ class Granular(Method):
             # The bias stands outside routed and shared experts alike.
             shared=shared_experts(block, recipe, shares, dtype, with_down_bias=False),
             shared_gate=recipe.shared_gate,
-            output_bias=bias
-            and WeightRecipe(f"{block.anchor}.output_bias", bias.shape, (bias,), Tensor.clone, dtype),
+            output_bias=bias and WeightRecipe(f"{block.anchor}.output_bias", bias.shape, (bias,), Tensor.clone, dtype),
             router_repeat=shards,
         )
 
 
 def _check(block: Block, recipe: BlockRecipe, shards: int) -> None:
     fits = [
-        n
-        for n in range(2, recipe.top_k + 1)
-        if not block.d_ff % n and not recipe.top_k % n and not recipe.experts % n
+        n for n in range(2, recipe.top_k + 1) if not block.d_ff % n and not recipe.top_k % n and not recipe.experts % n
     ]
     if shards < 1:
         raise BadRecipe(f"granular cuts a block into {shards} shards: it must be at least 1", where=block.path)
@@ -74,11 +71,7 @@ def _check(block: Block, recipe: BlockRecipe, shards: int) -> None:
         raise NotDivisible(
             f"a hidden width of {block.d_ff} does not split into {shards} equal shards",
             where=block.path,
-            hint=_choose(fits)
-            if fits
-            else f"{_choose(divisors)} for --top-k"
-            if divisors
-            else "use --method copy",
+            hint=_choose(fits) if fits else f"{_choose(divisors)} for --top-k" if divisors else "use --method copy",
         )
     if shards > 1 and block.region is not None:
         if not block.region_is_pointwise:
@@ -90,7 +83,7 @@ def _check(block: Block, recipe: BlockRecipe, shards: int) -> None:
         wide = _wide_parameter(block)
         if wide is not None:
             raise Refused(
-                f"the activation reads a parameter over the hidden width, {wide}: it cannot be cut into shards",
+                f"the activation reads a tensor over the hidden width, {wide}: it cannot be cut into shards",
                 where=block.path,
                 hint="use --method copy",
             )
@@ -101,12 +94,18 @@ def _choose(numbers: list[int]) -> str:
 
 
 def _wide_parameter(block: Block) -> str | None:
-    assert block.region is not None
-    for node in block.region.graph.find_nodes(op="get_attr"):
-        value = node.meta.get("val")
-        if value is not None and value.numel() > 1:
+    """The first tensor of more than one value that the activation reads."""
+    region = block.region
+    assert region is not None
+    for node in region.graph.find_nodes(op="get_attr"):
+        owner, _, leaf = node.target.rpartition(".")
+        if getattr(region.get_submodule(owner), leaf).numel() > 1:
             return node.target
     return None
+
+
+def _output_bias(anchor: str, bias: WeightRef, dtype: torch.dtype) -> WeightRecipe:
+    return WeightRecipe(f"{anchor}.output_bias", bias.shape, (bias,), Tensor.clone, dtype)
 
 
 def _recipe(
@@ -119,6 +118,7 @@ def _recipe(
     dtype: torch.dtype,
 ) -> WeightRecipe:
     copies = num_experts // shards
+    shape: tuple[int, ...]
     d_expert = block.d_ff // shards
     if role == "down":
         d_out = ref.shape[0]

@@ -48,9 +48,7 @@ def shared_experts(
     }
 
 
-def _recipe(
-    block: Block, role: str, ref: WeightRef, copies: int, scale: float, dtype: torch.dtype
-) -> WeightRecipe:
+def _recipe(block: Block, role: str, ref: WeightRef, copies: int, scale: float, dtype: torch.dtype) -> WeightRecipe:
     name = f"{block.anchor}.shared.{role}"
     if role == "down_bias":  # added once for all copies
         return WeightRecipe(name, ref.shape, (ref,), lambda bias: bias * (scale * copies), dtype)

@@ -18,9 +18,7 @@ CONSTANTS = {"use_cache": False, "return_dict": True}
 _CACHES = ("past_key_values", "cache_params", "past_buckets_states", "mems")
 
 
-def bind(
-    parameters: Mapping[str, inspect.Parameter], tensors: Mapping[str, Tensor]
-) -> tuple[tuple, dict[str, Any]]:
+def bind(parameters: Mapping[str, inspect.Parameter], tensors: Mapping[str, Tensor]) -> tuple[tuple, dict[str, Any]]:
     """Arguments of forward: by position where a name cannot be used, by name elsewhere."""
     args: list[Any] = []
     kwargs: dict[str, Any] = {}
@@ -41,15 +39,14 @@ def bind(
 
 
 def plain(output: Any) -> Any:
-    """Tensors in tuples, lists and dicts: output classes become dicts, caches and None are left out of those."""
+    """Tensors in tuples, lists and dicts: output classes become dicts, caches and None are left out of
+    those."""
     if isinstance(output, Tensor) or output is None:
         return output
     if dataclasses.is_dataclass(output) and not isinstance(output, type):
         names = [f.name for f in dataclasses.fields(output)]
         return {
-            name: plain(value)
-            for name in names
-            if name not in _CACHES and (value := getattr(output, name)) is not None
+            name: plain(value) for name in names if name not in _CACHES and (value := getattr(output, name)) is not None
         }
     if isinstance(output, Mapping):
         return {key: plain(value) for key, value in output.items()}
@@ -68,7 +65,8 @@ def run(module: nn.Module, tensors: Mapping[str, Tensor]) -> Any:
 def tensors_only(module: nn.Module, names: list[str]) -> Iterator[None]:
     """Within it, ``module(*tensors)`` takes exactly the named tensors and gives a plain output.
 
-    forward is replaced on the instance and put back at the end, so that module paths and parameter names stay the user's.
+    forward is replaced on the instance and put back at the end, so that module paths and parameter names stay
+    the user's.
     """
     forward = module.forward
     own = module.__dict__.get("forward")
@@ -81,18 +79,19 @@ def tensors_only(module: nn.Module, names: list[str]) -> Iterator[None]:
 
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     only_tensors.__signature__ = inspect.Signature([inspect.Parameter(n, kind) for n in names])  # type: ignore[attr-defined]
-    module.forward = only_tensors  # type: ignore[method-assign]
+    module.forward = only_tensors
     try:
         yield
     finally:
         del module.forward
         if own is not None:
-            module.forward = own  # type: ignore[method-assign]
+            module.forward = own
 
 
 @contextlib.contextmanager
 def mode(module: nn.Module, training: bool) -> Iterator[None]:
-    """Train or eval mode, fastpath of nn.MultiheadAttention off; every submodule's own flag is put back at the end."""
+    """Train or eval mode, fastpath of nn.MultiheadAttention off; every submodule's own flag is put back at
+    the end."""
     flags = [(m, m.training) for m in module.modules()]
     fastpath = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)

@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 from moeify.errors import NotExportable
 from moeify.frontend.calling import mode, run
 from moeify.frontend.inputs import Example
+from moeify.frontend.meta import is_meta
 
 LIMIT = 1e-5  # relative, in float32: both run the same operators
 
@@ -25,27 +26,28 @@ def check_graph(
 ) -> float | None:
     """The maximum relative error on the examples and on a second set with other dynamic sizes.
 
-    ``dims`` of the examples name what stayed dynamic in the graph. The second set is left out where the model refuses
+    ``dims`` of the examples name what stayed dynamic in the graph. The second set is left out where the model
+    refuses
     it or a guard of the capture excludes it. None on the meta device. Raises NotExportable.
     """
-    if any(p.is_meta for p in module.parameters()) or any(e.tensor.is_meta for e in examples):
+    if is_meta(module):
         notes.append("the graph was not compared with the model: the weights are on the meta device")
         return None
     with torch.no_grad(), mode(module, training=False):
         tensors = {e.name: e.tensor for e in examples}
-        expected = run(module, tensors)
-        if not _same(expected, run(module, tensors)):
+        expected = run(module, _fresh(tensors))
+        if not _same(expected, run(module, _fresh(tensors))):
             raise NotExportable(
                 f"{type(module).__name__} gives two different outputs for the same input in eval mode",
                 hint="make it deterministic in eval: dropout and noise must look at self.training",
             )
-        error = relative_error(expected, graph_module(*_fresh(tensors)))
+        error = relative_error(expected, graph_module(*_fresh(tensors).values()))
         _refuse_above_limit(module, error, expected, "on the example inputs")
         larger = {e.name: _enlarged(e) for e in examples}
         if all(larger[e.name].shape == e.tensor.shape for e in examples):
             return error
         try:
-            expected = run(module, larger)
+            expected = run(module, _fresh(larger))
         except Exception:  # e.g. a window or a table of positions that the example fills exactly
             notes.append("the graph was compared at the sizes of the example only: the model refuses larger ones")
             return error
@@ -58,7 +60,7 @@ def check_graph(
             notes.append(f"the graph was compared at the sizes of the example only: {reason}")
             return error
         try:
-            actual = graph_module(*_fresh(larger))
+            actual = graph_module(*_fresh(larger).values())
         except Exception as failure:
             raise NotExportable(
                 f"the captured graph of {type(module).__name__} does not run at other sizes: "
@@ -71,7 +73,8 @@ def check_graph(
 
 
 def relative_error(expected: Any, actual: Any) -> float:
-    """Largest difference of a tensor's elements over the largest magnitude of the tensor, over all output tensors."""
+    """Largest difference of a tensor's elements over the largest magnitude of the tensor, over all output
+    tensors."""
     before, after = pytree.tree_leaves(expected), pytree.tree_leaves(actual)
     if len(before) != len(after):
         return float("inf")
@@ -110,8 +113,8 @@ def _refuse_above_limit(module: nn.Module, error: float, expected: Any, where: s
         )
 
 
-def _fresh(tensors: dict[str, Tensor]) -> list[Tensor]:
-    return [t.clone() for t in tensors.values()]  # a model may write into its inputs
+def _fresh(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: t.clone() for name, t in tensors.items()}  # a model may write into its inputs
 
 
 def _enlarged(example: Example) -> Tensor:

@@ -19,7 +19,8 @@ Dim = tuple[str, int] | int
 
 
 def guess_examples(module: nn.Module) -> tuple[list[Example], str]:
-    """Inputs that the model runs on, and a note that says what was guessed. Raises BadInputSpec when no guess runs."""
+    """Inputs that the model runs on, and a note that says what was guessed. Raises BadInputSpec when no guess
+    runs."""
     names = required(module) or tensor_names(module, 1)
     last: Exception | None = None
     for dtype, dims in candidates(module):
@@ -91,6 +92,4 @@ def _for_layer(layer: nn.Module, module: nn.Module) -> Iterator[tuple[bool, tupl
 
 
 def _reads_sequences(module: nn.Module) -> bool:
-    return any(
-        isinstance(m, _SEQUENCE_MODELS) or "attention" in type(m).__name__.lower() for m in module.modules()
-    )
+    return any(isinstance(m, _SEQUENCE_MODELS) or "attention" in type(m).__name__.lower() for m in module.modules())

@@ -1,4 +1,5 @@
-"""Hugging Face folders: config.json and safetensors, read by transformers, never with code from the folder."""
+"""Hugging Face folders: config.json and safetensors, read by transformers, never with code from the
+folder."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ _UNTOUCHED = "nothing of the folder was executed"
 
 
 def read_folder(path: Path) -> tuple[nn.Module, list[str]]:
-    """The model of ``architectures`` in config.json with the folder's weights, and notes. Raises InputError."""
+    """The model of ``architectures`` in config.json with the folder's weights, and notes. Raises
+    InputError."""
     config = _config(path)
     _check_weights(path)
     try:
@@ -93,7 +95,8 @@ def _model_class(path: Path, config: dict[str, Any], transformers: Any) -> Any:
         )
     if names:
         raise InputError(
-            f"transformers {transformers.__version__} has no model class {names[0]!r}", where=str(path / "config.json")
+            f"transformers {transformers.__version__} has no model class {names[0]!r}",
+            where=str(path / "config.json"),
         )
     try:
         kind = transformers.AutoConfig.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)

@@ -1,6 +1,7 @@
 """Example inputs of transformers models, from ``main_input_name`` and the config.
 
-``model.dummy_inputs`` is of no use for vision and audio. Nothing here imports transformers: it reads attributes only.
+``model.dummy_inputs`` is of no use for vision and audio. Nothing here imports transformers: it reads
+attributes only.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from torch import nn
 
 from moeify.frontend.calling import mode, run
 from moeify.frontend.inputs import Example, TensorSpec, forward_parameters
+from moeify.frontend.meta import is_meta
 from moeify.frontend.vocabulary import make_examples
 
 
@@ -25,12 +27,15 @@ def hf_examples(module: nn.Module) -> tuple[list[Example], str] | None:
     """The first set of inputs that runs, and a note; None when no set does."""
     for specs in _candidates(module):
         examples = make_examples(module, specs)
+        note = f"inputs from the config: {' '.join(map(str, specs))}"
+        if is_meta(module):  # masks read values, which meta tensors do not have: torch.export is the first to run it
+            return examples, note
         try:
             with torch.no_grad(), mode(module, training=False):
                 run(module, {e.name: e.tensor for e in examples})
         except Exception:  # the next candidate, or the guess by layers, which explains itself
             continue
-        return examples, f"inputs from the config: {' '.join(map(str, specs))}"
+        return examples, note
     return None
 
 
@@ -58,7 +63,10 @@ def _candidates(module: nn.Module) -> Iterator[list[TensorSpec]]:
         mels = _first(config, "num_mel_bins", "input_feat_per_channel", "feature_size") or 80
         positions = getattr(config, "max_source_positions", None)
         if positions:  # Whisper takes exactly two frames for each position
-            yield [TensorSpec(main, dtype, (2, mels, 2 * positions), ("batch", mels, 2 * positions)), *decoder]
+            yield [
+                TensorSpec(main, dtype, (2, mels, 2 * positions), ("batch", mels, 2 * positions)),
+                *decoder,
+            ]
         yield [TensorSpec(main, dtype, (2, mels, 64), ("batch", mels, "frames")), *decoder]
         yield [TensorSpec(main, dtype, (2, 64, mels), ("batch", "frames", mels)), *decoder]
     elif main == "input_values":

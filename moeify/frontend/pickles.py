@@ -24,16 +24,23 @@ from moeify.errors import UnreadableFile, UnsafePickle
 from moeify.frontend.sniff import PICKLE
 
 _FUNCTIONS = (
-    "relu", "gelu", "silu", "mish", "elu", "selu", "celu", "leaky_relu", "relu6", "hardswish", "hardsigmoid", "hardtanh",
-    "softplus", "softsign", "sigmoid", "tanh", "tanhshrink", "logsigmoid", "glu", "softmax", "log_softmax",
+    "relu", "gelu", "silu", "mish", "elu", "selu", "celu", "leaky_relu", "relu6", "hardswish", "hardsigmoid",
+    "hardtanh", "softplus", "softsign", "sigmoid", "tanh", "tanhshrink", "logsigmoid", "glu", "softmax", "log_softmax",
 )  # fmt: skip
-_NEVER = ("torch.fx", "torch.jit", "torch._dynamo", "torch._inductor", "torch.package")  # these run source from the file
+_NEVER = (
+    "torch.fx",
+    "torch.jit",
+    "torch._dynamo",
+    "torch._inductor",
+    "torch.package",
+)  # these run source from the file
 _BLOCKED = re.compile(r"(?:Unsupported global: )?GLOBAL ([\w.<>]+)")
 _INSTRUCTION = re.compile(r"(Unsupported (?:operand|class)[^\n]{0,80}|Trying to [^\n]{0,80}|Can only [^\n]{0,80})")
 
 
 def read_pickle(path: Path, kind: str, allow: Sequence[str] = ()) -> Any:
-    """The pickled object. ``allow`` are module paths whose classes and functions may be used besides torch.nn's.
+    """The pickled object. ``allow`` are module paths whose classes and functions may be used besides
+    torch.nn's.
 
     Raises UnsafePickle (nothing was executed) or UnreadableFile.
     """
@@ -48,11 +55,18 @@ def read_pickle(path: Path, kind: str, allow: Sequence[str] = ()) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise _explained(str(error), path, allow) from error
-    except (RuntimeError, EOFError, ValueError, OSError, KeyError, AttributeError, TypeError, IndexError) as error:
+    except (
+        RuntimeError,
+        EOFError,
+        ValueError,
+        OSError,
+        KeyError,
+        AttributeError,
+        TypeError,
+        IndexError,
+    ) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UnreadableFile(
-            f"{path} is truncated or damaged: {reason}", hint="copy or download it again"
-        ) from error
+        raise UnreadableFile(f"{path} is truncated or damaged: {reason}", hint="copy or download it again") from error
 
 
 @functools.cache
@@ -90,11 +104,17 @@ def _needed(path: Path) -> list[str]:
     """Names in the pickle that torch's own allowlist does not hold."""
     try:
         return sorted(get_unsafe_globals_in_checkpoint(path))
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError, IndexError, KeyError) as error:
+    except (
+        pickle.UnpicklingError,
+        RuntimeError,
+        EOFError,
+        ValueError,
+        OSError,
+        IndexError,
+        KeyError,
+    ) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UnreadableFile(
-            f"{path} is truncated or damaged: {reason}", hint="copy or download it again"
-        ) from error
+        raise UnreadableFile(f"{path} is truncated or damaged: {reason}", hint="copy or download it again") from error
 
 
 def _permitted(name: str, allow: Sequence[str], path: Path) -> Any:

@@ -1,4 +1,5 @@
-"""What the model does in training that its eval capture does not show: dropout of attention, random Python decisions."""
+"""What the model does in training that its eval capture does not show: dropout of attention, random Python
+decisions."""
 
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from moeify.frontend.calling import mode, run
 from moeify.frontend.inputs import Example
+from moeify.frontend.meta import is_meta
 
 SDPA = torch.ops.aten.scaled_dot_product_attention.default
 _MHA = inspect.signature(torch.nn.functional.multi_head_attention_forward)
@@ -31,9 +33,7 @@ class _WatchRandomness(TorchFunctionMode):
         self.random: list[str] = []
         self.lost = 0  # dropouts that eval code leaves out
 
-    def __torch_function__(
-        self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
-    ) -> Any:
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         if func is torch.nn.functional.scaled_dot_product_attention:
             self.attention.append(float(kwargs.get("dropout_p", args[4] if len(args) > 4 else 0.0)))
@@ -55,11 +55,12 @@ def attention_dropout(
 ) -> list[float]:
     """``dropout_p`` of each scaled_dot_product_attention of the graph in training, in graph order.
 
-    Runs the model once in train mode; its buffers and the random state are put back. Zeros, and a note, where the
+    Runs the model once in train mode; its buffers and the random state are put back. Zeros, and a note, where
+    the
     number of calls in training differs from the number in the graph.
     """
     nodes = sum(node.target is SDPA for node in graph_module.graph.nodes)
-    if any(p.is_meta for p in module.parameters()):
+    if is_meta(module):
         if nodes:
             notes.append("attention dropout in training is unknown: the weights are on the meta device")
         return [0.0] * nodes

@@ -57,7 +57,8 @@ def holds_metadata(path: str | Path, name: str) -> bool:
 
 @contextlib.contextmanager
 def _weights_only() -> Iterator[None]:
-    """torch.load falls back to unsafe unpickling inside torch.export.load; torch reads these variables at each call."""
+    """torch.load falls back to unsafe unpickling inside torch.export.load; torch reads these variables at
+    each call."""
     before = {name: os.environ.get(name) for name in _WEIGHTS_ONLY}
     try:
         _set_environment(_WEIGHTS_ONLY)

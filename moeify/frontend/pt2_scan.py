@@ -1,7 +1,10 @@
-"""What a ``.pt2`` may hold. Looked at before torch.export.load sees it, because that function runs what it finds.
+"""What a ``.pt2`` may hold. Looked at before torch.export.load sees it, because that function runs what it
+finds.
 
-In torch 2.13 it unpickles sample inputs and opaque constants, loads native libraries, evaluates size expressions as Python,
-resolves operators by walking attributes from ``torch`` (``torch.os.system`` exists), imports the modules of enums, and builds
+In torch 2.13 it unpickles sample inputs and opaque constants, loads native libraries, evaluates size
+expressions as Python,
+resolves operators by walking attributes from ``torch`` (``torch.os.system`` exists), imports the modules of
+enums, and builds
 Python source from names. Each of these is refused here unless it is plain data.
 """
 
@@ -32,24 +35,28 @@ _NAMESPACES = ("aten", "prims", "moeify", "torchvision")
 _REFUSED_OPS = ("aten::from_file",)  # reads any file
 _HIGHER_ORDER = ("wrap_with_set_grad_enabled", "wrap_with_autocast", "cond", "while_loop", "scan", "map_impl")
 _OPERATORS = (
-    "getitem", "add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "neg", "pos", "abs", "and_", "or_", "xor", "not_",
-    "invert", "lshift", "rshift", "eq", "ne", "lt", "le", "gt", "ge",
+    "getitem", "add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "neg", "pos", "abs", "and_", "or_", "xor",
+    "not_", "invert", "lshift", "rshift", "eq", "ne", "lt", "le", "gt", "ge",
 )  # fmt: skip
 _SIZE_NODES = (
     ast.Expression, ast.BinOp, ast.UnaryOp, ast.Compare, ast.BoolOp, ast.operator, ast.unaryop, ast.cmpop, ast.boolop,
     ast.Load, ast.keyword, ast.Name, ast.Call, ast.Constant,
 )  # fmt: skip
-_SIZE_FUNCTIONS = frozenset(
-    """Symbol Integer Float Rational Add Mul Pow Max Min Abs Mod PythonMod FloorDiv CleanDiv CeilDiv ModularIndexing Where
-    CeilToInt FloorToInt LShift RShift PowByNatural FloatPow FloatTrueDiv IntTrueDiv IsNonOverlappingAndDenseIndicator TruncToFloat
-    TruncToInt RoundToInt RoundDecimal ToFloat Identity Eq Ne Lt Le Gt Ge Equality Unequality LessThan StrictLessThan GreaterThan
-    StrictGreaterThan And Or Not Piecewise ExprCondPair floor ceiling sqrt log exp BitwiseFn_bitwise_and BitwiseFn_bitwise_or
-    OpaqueUnaryFn_sqrt OpaqueUnaryFn_log2 true false oo int_oo BooleanTrue BooleanFalse""".split()
-)
+_SIZE_FUNCTIONS = (
+    "Symbol", "Integer", "Float", "Rational", "Add", "Mul", "Pow", "Max", "Min", "Abs", "Mod", "PythonMod",
+    "FloorDiv", "CleanDiv", "CeilDiv", "ModularIndexing", "Where", "CeilToInt", "FloorToInt", "LShift",
+    "RShift", "PowByNatural", "FloatPow", "FloatTrueDiv", "IntTrueDiv", "IsNonOverlappingAndDenseIndicator",
+    "TruncToFloat", "TruncToInt", "RoundToInt", "RoundDecimal", "ToFloat", "Identity", "Eq", "Ne", "Lt", "Le",
+    "Gt", "Ge", "Equality", "Unequality", "LessThan", "StrictLessThan", "GreaterThan", "StrictGreaterThan",
+    "And", "Or", "Not", "Piecewise", "ExprCondPair", "floor", "ceiling", "sqrt", "log", "exp",
+    "BitwiseFn_bitwise_and", "BitwiseFn_bitwise_or", "OpaqueUnaryFn_sqrt", "OpaqueUnaryFn_log2", "true",
+    "false", "oo", "int_oo", "BooleanTrue", "BooleanFalse",
+)  # fmt: skip
 
 
 def check_archive(path: Path) -> None:
-    """Raises UnsafePickle for anything that could run, UnreadableFile for what cannot be read. Executes nothing."""
+    """Raises UnsafePickle for anything that could run, UnreadableFile for what cannot be read. Executes
+    nothing."""
     try:
         reader = torch._C.PyTorchFileReader(str(path))  # the reader that torch.export.load uses
         names = reader.get_all_records()
@@ -120,9 +127,7 @@ def _is_size(text: str) -> bool:
     for node in ast.walk(tree):
         if not isinstance(node, _SIZE_NODES):
             return False
-        if isinstance(node, ast.Call) and not (
-            isinstance(node.func, ast.Name) and node.func.id in _SIZE_FUNCTIONS
-        ):
+        if isinstance(node, ast.Call) and not (isinstance(node.func, ast.Name) and node.func.id in _SIZE_FUNCTIONS):
             return False
         if isinstance(node, ast.Name) and node.id not in _SIZE_FUNCTIONS and not re.fullmatch(r"[a-z]+\d+", node.id):
             return False

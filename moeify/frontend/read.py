@@ -41,9 +41,11 @@ class Loaded:
 
 
 def load(path: str | Path, *, factory: str | None = None, allow: Sequence[str] = ()) -> Loaded:
-    """Read a pickled module of torch.nn classes, a state_dict (with ``factory``), a ``.pt2`` or a Hugging Face folder.
+    """Read a pickled module of torch.nn classes, a state_dict (with ``factory``), a ``.pt2`` or a Hugging
+    Face folder.
 
-    ``factory`` is ``pkg.mod:function``; ``allow`` are module paths whose classes a pickle may use besides torch.nn's. The module
+    ``factory`` is ``pkg.mod:function``; ``allow`` are module paths whose classes a pickle may use besides
+    torch.nn's. The module
     is in eval mode. Raises an InputError: UnreadableFile, UnsafePickle, TorchScriptFile, StateDictMismatch,
     NonFiniteWeights; UsageError for a factory that does not work.
     """
@@ -54,7 +56,8 @@ def load(path: str | Path, *, factory: str | None = None, allow: Sequence[str] =
     if kind == TORCHSCRIPT:
         raise TorchScriptFile(
             f"{path} is a TorchScript archive: it holds compiled code and no module that torch.export can read",
-            hint="save the Python model instead: torch.save(model.state_dict(), ...) and --factory, or torch.export.save",
+            hint="save the Python model instead: torch.save(model.state_dict(), ...) and --factory, "
+            "or torch.export.save",
         )
     if kind == HF:
         module, notes = read_folder(path)
@@ -101,7 +104,8 @@ def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
         return safetensors.torch.load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
         raise UnreadableFile(
-            f"{path} is truncated or damaged: {str(error).strip().splitlines()[0]}", hint="copy or download it again"
+            f"{path} is truncated or damaged: {str(error).strip().splitlines()[0]}",
+            hint="copy or download it again",
         ) from error
 
 

@@ -29,10 +29,13 @@ def not_exportable(module: nn.Module, error: Exception) -> NotExportable:
 def _explain(kind: str, text: str) -> tuple[str, str]:
     lower = text.lower()
     if "data-dependent" in lower or "datadependent" in kind.lower() or "unbacked symint" in lower:
-        return _DATA_DEPENDENT, "write it with torch.where, torch.clamp or masks, or take the branch out of forward"
+        return (
+            _DATA_DEPENDENT,
+            "write it with torch.where, torch.clamp or masks, or take the branch out of forward",
+        )
     if "constraints violated" in lower or "specialized" in lower:
         return _first_lines(text), "fix the sizes: write --input with bare numbers, or pass fixed=True"
-    if "fake" in lower and "numpy" in lower or ".numpy()" in lower:
+    if ("fake" in lower and "numpy" in lower) or ".numpy()" in lower:
         return _first_lines(text), "keep the computation in torch: forward turns a tensor into a numpy array"
     return f"{kind}: {_first_lines(text)}", "does the model run on these inputs? give others with --input"
 

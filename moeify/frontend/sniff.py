@@ -88,7 +88,8 @@ def _zip(path: Path) -> str:
         return PICKLE
     if "serialized_exported_program.json" in archive.namelist():
         raise UnreadableFile(
-            f"{path} is a torch.export archive of torch 2.7 or older", hint="save it again with torch 2.8 or newer"
+            f"{path} is a torch.export archive of torch 2.7 or older",
+            hint="save it again with torch 2.8 or newer",
         )
     raise UnreadableFile(f"{path} is a zip archive and no model", hint=_READS)
 

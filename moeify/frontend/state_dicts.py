@@ -33,7 +33,8 @@ def unwrap(thing: Any) -> tuple[Mapping[str, Tensor], str | None] | None:
 
 
 def build(path: Path, state: Mapping[str, Tensor], factory: str | None) -> nn.Module:
-    """The factory's module with the weights of the state_dict. Raises UnreadableFile, StateDictMismatch, UsageError."""
+    """The factory's module with the weights of the state_dict. Raises UnreadableFile, StateDictMismatch,
+    UsageError."""
     if factory is None:
         raise UnreadableFile(
             f"{path} is a state_dict: weights without a model",
@@ -68,7 +69,7 @@ def make(factory: str) -> nn.Module:
     if not colon or not module_path or not name:
         raise UsageError(f"cannot read the factory {factory!r}", hint="write pkg.mod:function")
     if os.getcwd() not in sys.path and "" not in sys.path:
-        sys.path.insert(0, os.getcwd())  # as python -m does; the user names the module
+        sys.path.append(os.getcwd())  # as python -m does; the user names the module
     try:
         function: Any = importlib.import_module(module_path)
         for part in name.split("."):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import logging
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +29,7 @@ from moeify.frontend.inputs import (
     parse_input_spec,
     tensor_names,
 )
+from moeify.frontend.meta import is_meta, meta_to_cpu
 from moeify.frontend.probe import attention_dropout
 from moeify.frontend.reasons import not_exportable
 from moeify.frontend.vocabulary import make_examples
@@ -38,11 +42,15 @@ Inputs = Sequence[str] | Sequence[TensorSpec] | Sequence[Example] | Mapping[str,
 def capture(module: nn.Module, inputs: Inputs = None, *, fixed: bool = False) -> Program:
     """Capture a model as a Program whose graph computes what the model computes in eval mode.
 
-    ``inputs`` are specs (``"input_ids=int64[batch=2,seq=16]"``), named tensors, or tensors by position; None asks the model itself
-    and then guesses by its first layers. Batch and sequence are dynamic unless ``fixed``. The module is left as it was.
+    ``inputs`` are specs (``"input_ids=int64[batch=2,seq=16]"``), named tensors, or tensors by position; None
+    asks the model itself
+    and then guesses by its first layers. Batch and sequence are dynamic unless ``fixed``. The module is left
+    as it was.
 
-    ``program.provenance`` then holds: ``notes`` (list of lines for people), ``capture_error`` (maximum relative error of the graph
-    against the model, None on the meta device), ``attention_dropout`` (dropout of each attention call in training, graph
+    ``program.provenance`` then holds: ``notes`` (list of lines for people), ``capture_error`` (maximum
+    relative error of the graph
+    against the model, None on the meta device), ``attention_dropout`` (dropout of each attention call in
+    training, graph
     order), ``model`` (class name), ``torch`` (version).
 
     Raises NotExportable, BadInputSpec.
@@ -58,6 +66,8 @@ def capture(module: nn.Module, inputs: Inputs = None, *, fixed: bool = False) ->
     graph_module = exported.module(check_guards=False)
     assert isinstance(graph_module, fx.GraphModule)
     inline_grad_regions(graph_module)
+    if is_meta(module):
+        meta_to_cpu(graph_module)
     set_training(graph_module, False)
     specs = _input_specs(graph_module, examples, notes)
     dynamic = [Example(e.name, e.tensor, spec.shape) for e, spec in zip(examples, specs)]
@@ -101,7 +111,7 @@ def resolve(module: nn.Module, inputs: Inputs, notes: list[str]) -> list[Example
     if isinstance(inputs, Mapping):
         check_names(module, list(inputs))
         return _with_usual_dims(inputs)
-    items = [parse_input_spec(item) if isinstance(item, str) else item for item in inputs]
+    items: list[Any] = [parse_input_spec(item) if isinstance(item, str) else item for item in inputs]
     if all(isinstance(item, TensorSpec) for item in items):
         return make_examples(module, name_specs(module, items))
     if all(isinstance(item, Tensor) for item in items):
@@ -114,7 +124,8 @@ def resolve(module: nn.Module, inputs: Inputs, notes: list[str]) -> list[Example
 
 
 def _with_usual_dims(tensors: Mapping[str, Tensor]) -> list[Example]:
-    """Batch first, then the sequence: the second of two dimensions of integers, of three dimensions of floats.
+    """Batch first, then the sequence: the second of two dimensions of integers, of three dimensions of
+    floats.
 
     Sequences of different lengths get different names.
     """
@@ -131,9 +142,7 @@ def _with_usual_dims(tensors: Mapping[str, Tensor]) -> list[Example]:
     return examples
 
 
-def _double_single_rows(
-    module: nn.Module, examples: list[Example], inputs: Inputs, notes: list[str]
-) -> list[Example]:
+def _double_single_rows(module: nn.Module, examples: list[Example], inputs: Inputs, notes: list[str]) -> list[Example]:
     """A batch of one would be baked in: give tensors with one row a second one, if the model runs on two."""
     given = isinstance(inputs, Mapping) or (inputs is not None and any(isinstance(i, Tensor) for i in inputs))
     if not given or not all(e.tensor.ndim and e.tensor.shape[0] == 1 for e in examples):
@@ -152,25 +161,39 @@ def _export(module: nn.Module, examples: list[Example]) -> ExportedProgram:
     """torch.export with the examples as the only inputs. Raises NotExportable."""
     shapes = {e.name: {i: Dim.AUTO for i, d in enumerate(e.dims) if isinstance(d, str)} for e in examples}
     names = [e.name for e in examples]
+    on_meta = is_meta(module)
+    tensors = tuple(e.tensor.to("meta") if on_meta else e.tensor for e in examples)
     try:
         with (
             mode(module, training=False),
             tensors_only(module, names),
             torch.enable_grad(),
-            warnings.catch_warnings(),
+            _quiet(),
         ):
-            # cuDNN's flat copy of LSTM weights: torch.export puts it back.
-            warnings.filterwarnings("ignore", message="The tensor attributes? self\\..*assigned during export")
-            return torch.export.export(
-                module, tuple(e.tensor for e in examples), dynamic_shapes=shapes, strict=False
-            )
+            return torch.export.export(module, tensors, dynamic_shapes=shapes, strict=False)
     except Exception as error:  # torch.export raises whatever the model or its own parts raise
         raise not_exportable(module, error) from error
 
 
-def _input_specs(
-    graph_module: fx.GraphModule, examples: list[Example], notes: list[str]
-) -> tuple[InputSpec, ...]:
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """torch.export prints and logs what it then raises, and warns about flat LSTM weights that it puts back
+    itself."""
+    level = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
+            warnings.filterwarnings("ignore", message=r"The tensor attributes? self\..*assigned during export")
+            yield
+    finally:
+        logging.disable(level)
+
+
+def _input_specs(graph_module: fx.GraphModule, examples: list[Example], notes: list[str]) -> tuple[InputSpec, ...]:
     """What stayed dynamic, read from the captured graph; what did not is noted."""
     placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
     if len(placeholders) != len(examples):

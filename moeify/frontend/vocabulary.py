@@ -12,6 +12,9 @@ from torch.overrides import TorchFunctionMode
 from moeify.frontend.calling import run
 from moeify.frontend.inputs import Example, TensorSpec, make_tensor
 
+_TABLE_FIRST = (torch.embedding, torch.embedding_bag)
+_LOOKUPS = (*_TABLE_FIRST, nn.functional.embedding, nn.functional.embedding_bag)
+
 
 class _WatchEmbeddings(TorchFunctionMode):
     """Records the smallest table that is indexed with (a view of) each of the watched tensors."""
@@ -21,18 +24,20 @@ class _WatchEmbeddings(TorchFunctionMode):
         self.watched = watched
         self.rows: dict[str, int] = {}
 
-    def __torch_function__(
-        self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
-    ) -> Any:
-        if func in (torch.embedding, torch.embedding_bag) and isinstance(args[1], Tensor):
-            name = self.watched.get(_storage(args[1]))
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func in _LOOKUPS:
+            order = ("weight", "input") if func in _TABLE_FIRST else ("input", "weight")
+            given = {**dict(zip(order, args)), **(kwargs or {})}
+            table, index = given["weight"], given["input"] if "input" in given else given["indices"]
+            name = self.watched.get(_storage(index))
             if name is not None:
-                self.rows[name] = min(self.rows.get(name, args[0].shape[0]), args[0].shape[0])
+                self.rows[name] = min(self.rows.get(name, table.shape[0]), table.shape[0])
         return func(*args, **(kwargs or {}))
 
 
 def make_examples(module: nn.Module, specs: Sequence[TensorSpec]) -> list[Example]:
-    """Tensors for named specs. Integers without a bound stay below the rows of the embedding that reads them."""
+    """Tensors for named specs. Integers without a bound stay below the rows of the embedding that reads
+    them."""
     device = next((p.device for p in module.parameters()), torch.device("cpu"))
     rows: dict[str, int] = {}
     if any(spec.below is None and _is_index(spec) for spec in specs):

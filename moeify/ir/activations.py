@@ -1,7 +1,7 @@
 """The activations that have a name: what each computes, and its gradient in closed form.
 
-The gradient is written out because an operator's implementation runs below autograd and cannot call it. Every function is
-made of ATen operators that have CPU and CUDA kernels in float64, float32, float16 and bfloat16.
+The gradient is written out because an operator's implementation runs below autograd and cannot call it. Every function
+is made of ATen operators that have CPU and CUDA kernels in float64, float32, float16 and bfloat16.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ _QUICK = 1.702
 class Activation:
     """A pointwise function of one tensor.
 
-    ``function(u)`` may return ``u`` itself. ``backward(grad, u)`` is ``grad`` times the derivative at ``u``; at a kink it agrees
-    with ATen. ``inplace(u)``, where there is one, overwrites ``u``.
+    ``function(u)`` may return ``u`` itself. ``backward(grad, u)`` is ``grad`` times the derivative at ``u``; at a kink
+    it agrees with ATen. ``inplace(u)``, where there is one, overwrites ``u``.
     """
 
     name: str

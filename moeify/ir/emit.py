@@ -78,7 +78,7 @@ def fake_result(node: fx.Node, mode: FakeTensorMode) -> Any:
     """What the node computes, as a fake value, from the fake values of its arguments."""
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
     if node.target is operator.getitem:
-        return args[0][args[1]]
+        return args[0][args[1]]  # type: ignore[index]
     key = node.target, _describe(args), _describe(tuple(kwargs.items()))
     return _remembered(mode, key, lambda: node.target(*args, **kwargs))  # type: ignore[operator]
 
@@ -98,7 +98,7 @@ def _describe(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return value.dtype, value.device, _describe(value.shape), _describe(value.stride())
     if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
-        return value.node.expr
+        return value.node._expr
     # 1, 1.0 and True are equal and are not the same argument.
     return type(value), value
 

@@ -38,7 +38,7 @@ def unflatten_tokens(emit: Emitter, y_TD: fx.Node, x: fx.Node) -> fx.Node:
 def uniform_routing(emit: Emitter, x_TD: fx.Node, num_experts: int) -> tuple[fx.Node, fx.Node]:
     """All experts for every token, each with weight 1 / E: ``(experts_TE, weights_TE)``."""
     val = x_TD.meta["val"]
-    tokens = _size(emit, x_TD, 0)
+    tokens = _size(emit, x_TD, 0, "router")
     arange = emit.call(
         "router", _aten.arange.default, num_experts, dtype=torch.int64, device=val.device, pin_memory=False
     )
@@ -69,9 +69,7 @@ def routed_experts(
     read = {role: emit.parameter("experts", weights[role]) for role in FFN_ROLES if role in weights}
     if block.region is None and not block.hidden_dropout:
         stacked = [read.get(role) for role in FFN_ROLES]
-        return emit.call(
-            "experts", _moe.dispatch_ffn.default, x_TD, experts_TK, weights_TK, *stacked, block.activation
-        )
+        return emit.call("experts", _moe.dispatch_ffn.default, x_TD, experts_TK, weights_TK, *stacked, block.activation)
     permuted = emit.call("dispatch", _moe.permute.default, x_TD, experts_TK, num_experts)
     rows, counts, order = (emit.getitem("dispatch", permuted, i) for i in range(3))
 
@@ -92,9 +90,7 @@ def shared_experts(
     read = {r: emit.parameter(role, weights[r]) for r in FFN_ROLES if r in weights}
     if block.region is None:
         args = [read.get(r) for r in FFN_ROLES]
-        y_TD = emit.call(
-            role, _moe.ffn.default, x_TD, *args, block.activation, block.hidden_dropout, train
-        )
+        y_TD = emit.call(role, _moe.ffn.default, x_TD, *args, block.activation, block.hidden_dropout, train)
     else:
         pre = [
             emit.call(role, _aten.linear.default, x_TD, read[r], read.get(f"{r}_bias"))
@@ -137,7 +133,6 @@ def _region_by_copies(emit: Emitter, block: Block, pre: list[fx.Node], role: str
     return emit.call(role, _aten.reshape.default, hidden, [_size(emit, pre[0], 0), width])
 
 
-def _size(emit: Emitter, node: fx.Node, dim: int) -> Any:
+def _size(emit: Emitter, node: fx.Node, dim: int, role: str = "dispatch") -> Any:
     size = node.meta["val"].shape[dim]
-    return size if isinstance(size, int) else emit.call("dispatch", _aten.sym_size.int, node, dim)
-
+    return size if isinstance(size, int) else emit.call(role, _aten.sym_size.int, node, dim)

@@ -22,7 +22,7 @@ def trace(module: nn.Module, args: tuple[Tensor | None, ...], dynamic: Sequence[
     """The ATen graph of a module in eval mode; the first dimension of the arguments in ``dynamic`` may vary, alike."""
     shapes = tuple({0: torch.export.Dim.DYNAMIC} if i in dynamic else None for i in range(len(args)))
     program = torch.export.export(module.eval(), args, dynamic_shapes=shapes, strict=False)
-    return program.module(check_guards=False)  # type: ignore[return-value]
+    return program.module(check_guards=False)
 
 
 def inline(

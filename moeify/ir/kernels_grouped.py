@@ -1,7 +1,7 @@
 """The same products by ``torch.nn.functional.grouped_mm``: one kernel for all experts, and no wait for the device.
 
-On CUDA the grouped GEMM takes bfloat16, compute capability 8.0 or newer, and widths whose bytes are a multiple of 16. In
-eager CPU the same call also takes float32, which is how these functions are tested. They have NOT been run on a GPU.
+On CUDA the grouped GEMM takes bfloat16, compute capability 8.0 or newer, and widths whose bytes are a multiple of 16.
+In eager CPU the same call also takes float32, which is how these functions are tested. They have NOT been run on a GPU.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _ALIGNMENT = 16  # bytes
 
 
 def fits(rows_RI: Tensor, *weights: Tensor | None) -> bool:
-    """Whether the grouped GEMM takes these operands on their device. Always False on the CPU: the loop is faster there."""
+    """Whether the grouped GEMM takes these operands on their device. False on the CPU: the loop is faster there."""
     return (
         rows_RI.device.type == "cuda"
         and rows_RI.shape[0] > 0

@@ -63,26 +63,20 @@ def _own_path(node: fx.Node) -> str | None:
         return mark.block
     if _stack(node):
         return module_path(node)
-    reads = [
-        str(source.target).rpartition(".")[0] for source in node.all_input_nodes if source.op == "get_attr"
-    ]
+    reads = [str(source.target).rpartition(".")[0] for source in node.all_input_nodes if source.op == "get_attr"]
     return common_path(reads) or None
 
 
 def _stack(node: fx.Node) -> list[tuple[str, str]]:
     stack = node.meta.get("nn_module_stack") or {}
-    return [
-        (key, entry[0]) for key, entry in stack.items() if not entry[0].startswith("_empty_nn_module_stack")
-    ]
+    return [(key, entry[0]) for key, entry in stack.items() if not entry[0].startswith("_empty_nn_module_stack")]
 
 
 def _repeated(own: dict[fx.Node, str | None], blocks: list[str]) -> set[str]:
     """Paths ending in a number that compute two or more nodes a call, and have a sibling or second call."""
     count: dict[tuple[str, str], int] = defaultdict(int)  # (path, call) -> nodes
     for node, path in own.items():
-        above = [(entry, key) for key, entry in _stack(node)] or [
-            (prefix, "") for prefix in _prefixes(path or "")
-        ]
+        above = [(entry, key) for key, entry in _stack(node)] or [(prefix, "") for prefix in _prefixes(path or "")]
         for entry in above:
             if _NUMBERED.fullmatch(entry[0].rpartition(".")[2]):
                 count[entry] += 1

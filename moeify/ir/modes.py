@@ -1,6 +1,7 @@
 """Train and eval mode of a captured graph: the flags that torch.export froze, flipped in place.
 
-A capture in eval mode keeps ``aten.dropout(x, p, False)`` and its kin as nodes, so training is a matter of flags. What
+A capture in eval mode keeps ``aten.dropout(x, p, False)`` and its kin as nodes, so training is a matter of
+flags. What
 Python code does in training only (drop path, layer drop) was never captured and does not come back.
 """
 
@@ -39,14 +40,20 @@ FLAGS: dict[str, str] = {
 }
 SDPA = "aten::scaled_dot_product_attention"
 # These follow their running statistics; without any they use the batch in both modes and are left alone.
-_NEED_RUNNING_STATS = ("aten::batch_norm", "aten::_batch_norm_impl_index", "aten::native_batch_norm", "aten::instance_norm")
+_NEED_RUNNING_STATS = (
+    "aten::batch_norm",
+    "aten::_batch_norm_impl_index",
+    "aten::native_batch_norm",
+    "aten::instance_norm",
+)
 
 
 def set_training(graph_module: fx.GraphModule, training: bool, attention_dropout: Sequence[float] = ()) -> None:
     """Flip the training flag of every operator that has one, then recompile.
 
     ``attention_dropout`` holds ``dropout_p`` of the scaled_dot_product_attention nodes in graph order, as
-    ``Program.provenance["attention_dropout"]`` does; it is used in training and is 0 in eval. Without it attention has no dropout.
+    ``Program.provenance["attention_dropout"]`` does; it is used in training and is 0 in eval. Without it
+    attention has no dropout.
     """
     attention = [node for node in graph_module.graph.nodes if _name(node) == SDPA]
     if attention_dropout and len(attention_dropout) != len(attention):
@@ -75,14 +82,21 @@ def attention_probabilities(graph_module: fx.GraphModule) -> list[float]:
 
 
 class TrainableGraph(fx.GraphModule):
-    """A captured graph with a train() and eval() that work; parameter names are the user's. Starts in eval mode.
+    """A captured graph with a train() and eval() that work; parameter names are the user's. Starts in eval
+    mode.
 
-    ``attention_dropout`` is what set_training takes. Parameters, buffers and graph are shared with ``root``, which must not
+    ``attention_dropout`` is what set_training takes. Parameters, buffers and graph are shared with ``root``,
+    which must not
     be used afterwards.
     """
 
     def __init__(
-        self, root: nn.Module, graph: fx.Graph, class_name: str = "", *, attention_dropout: Sequence[float] = ()
+        self,
+        root: nn.Module,
+        graph: fx.Graph,
+        class_name: str = "",
+        *,
+        attention_dropout: Sequence[float] = (),
     ) -> None:
         super().__init__(root, graph, class_name or type(self).__name__)
         self.attention_dropout = tuple(attention_dropout)

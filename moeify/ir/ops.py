@@ -1,8 +1,8 @@
-"""The dialect ``moe.*``: the operators ``torch.ops.moeify.*``. Importing this file defines them; a ``.pt2`` that holds one of
-them needs it imported first.
+"""The dialect ``moe.*``: the operators ``torch.ops.moeify.*``. Importing this file defines them; a ``.pt2`` that holds
+one of them needs it imported first.
 
-Letters: T tokens, D model width, F hidden width, E experts, K chosen per token, R = T * K rows (token copies), I and O the
-inner and outer width of one grouped linear. Gated means ``h = act(gate) * up``.
+Letters: T tokens, D model width, F hidden width, E experts, K chosen per token, R = T * K rows (token copies), I and O
+the inner and outer width of one grouped linear. Gated means ``h = act(gate) * up``.
 
 | operator | meaning | gradients |
 |---|---|---|
@@ -15,11 +15,11 @@ inner and outer width of one grouped linear. Gated means ``h = act(gate) * up``.
 | ``dispatch_ffn`` | permute + experts + unpermute in one | x, weights, all expert weights |
 | ``jitter_like``, ``normal_like`` | router noise in training; ones, zeros otherwise | none |
 
-On the CPU an operator runs one GEMM per expert that has rows. On CUDA it runs ``torch.nn.functional.grouped_mm`` where dtype
-and device allow (see ``kernels_grouped``) and the same loop elsewhere; neither has been run on a GPU. Each operator checks its
-arguments in eager mode only: ValueError for shapes and dtypes, IndexError for experts out of range, UnknownName for
-activations. Backward formulas are written out, in ATen and these operators, so that AOT autograd traces through them;
-double backward is not supported.
+On the CPU an operator runs one GEMM per expert that has rows. On CUDA it runs ``torch.nn.functional.grouped_mm`` where
+dtype and device allow (see ``kernels_grouped``) and the same loop elsewhere; neither has been run on a GPU. Each
+operator checks its arguments in eager mode only: ValueError for shapes and dtypes, IndexError for experts out of
+range, UnknownName for activations. Backward formulas are written out, in ATen and these operators, so that AOT
+autograd traces through them; double backward is not supported.
 """
 
 from __future__ import annotations

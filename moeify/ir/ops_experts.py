@@ -1,7 +1,7 @@
 """``moe.experts`` and ``moe.dispatch_ffn``: the experts' FFN over sorted rows, and over tokens.
 
-Neither saves a hidden value: the backward pass computes the preactivations again, which costs one grouped product (two when
-gated) and keeps the memory between forward and backward at the inputs.
+Neither saves a hidden value: the backward pass computes the preactivations again, which costs one grouped product (two
+when gated) and keeps the memory between forward and backward at the inputs.
 """
 
 from __future__ import annotations
@@ -61,25 +61,21 @@ def _dispatch(x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, *weights_and
     return ops_permute.combine(rows_RD, order_R, weights_TK)
 
 
-def _dispatch_fake(
-    x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, *weights_and_activation: Any
-) -> Tensor:
+def _dispatch_fake(x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, *weights_and_activation: Any) -> Tensor:
     return x_TD.new_empty(x_TD.shape[0], weights_and_activation[2].shape[1])
 
 
 def _dispatch_backward(ctx: Any, grad_TD: Tensor) -> tuple:
-    """The gradient of a token's weight is ``(grad @ down) . hidden + grad . down_bias``: the experts' output is not needed."""
+    """A token's weight has the gradient ``(grad @ down) . hidden + grad . down_bias``: no expert's output is needed."""
     x, experts, gates, *weights = ctx.saved_tensors
     need_x, _, need_gates, *need, _ = ctx.needs_input_grad
     rows, counts, order = torch.ops.moeify.permute(x, experts, weights[0].shape[0])
     hidden = _Hidden(rows, counts, weights, ctx.activation)
     grad_plain = grad_TD.index_select(0, order // experts.shape[1])
     gate = gates.reshape(-1).index_select(0, order).unsqueeze(1)
-    grad_hidden = (
-        hidden.gradient(grad_plain) if need_x or need_gates or any(need[i] for i in (0, 1, 3, 4)) else None
-    )
+    grad_hidden = hidden.gradient(grad_plain) if need_x or need_gates or any(need[i] for i in (0, 1, 3, 4)) else None
     grad_gates = None
-    if need_gates:
+    if need_gates and grad_hidden is not None:
         dots = ops_permute.dot(grad_hidden, hidden.value)
         if weights[5] is not None:
             expert = experts.reshape(-1).index_select(0, order)

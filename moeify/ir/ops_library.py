@@ -27,7 +27,7 @@ def define(
     backward: Callable[..., Any] | None = None,
     tags: Sequence[torch.Tag] = (),
 ) -> None:
-    """Define an operator: schema, one implementation for CPU and CUDA, fake, and its explicit backward if it has one."""
+    """Define an operator: schema, one implementation for CPU and CUDA, fake, its explicit backward if it has one."""
     name = _declare(schema, tags)
     for key in ("CPU", "CUDA"):
         LIBRARY.impl(name, implementation, key)

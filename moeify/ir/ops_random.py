@@ -1,4 +1,4 @@
-"""``moe.jitter_like`` and ``moe.normal_like``: the noise of routers, an operator so that a train switch can reach it."""
+"""``moe.jitter_like`` and ``moe.normal_like``: router noise, an operator so that a train switch can reach it."""
 
 from __future__ import annotations
 

@@ -144,7 +144,7 @@ class Printer:
             inside = ", ".join(self._value(item, base) for item in value)
             return f"[{inside}]" if isinstance(value, list) else f"({inside})"
         if isinstance(value, slice):
-            parts = (value.start, value.stop, value.step)
+            parts = (value.start, value.stop) if value.step is None else (value.start, value.stop, value.step)
             return ":".join("" if part is None else self._value(part, base) for part in parts)
         if isinstance(value, torch.dtype):
             return _DTYPES.get(value, str(value))

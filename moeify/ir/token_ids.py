@@ -38,15 +38,24 @@ def embedded_ids(graph: fx.Graph) -> list[TokenIds]:
 
 
 def ids_of_rows(candidates: list[TokenIds], x: fx.Node) -> TokenIds | None:
-    """The first candidate whose shape is the leading dimensions of ``x`` [..., D], known to be so for every input."""
-    leading = x.meta["val"].shape[:-1]
-    for ids in candidates:
-        shape = ids.node.meta["val"].shape
-        if len(shape) == len(leading) and all(
-            statically_known_true(a == b) for a, b in zip(shape, leading)
-        ):
-            return ids
-    return None
+    """The first candidate whose shape is the leading dimensions of ``x`` [..., D], known to be so for every input.
+
+    Where the model merges the axes of its tokens before the block, the shape before that counts: rows keep their order.
+    """
+    while True:
+        leading = x.meta["val"].shape[:-1]
+        for ids in candidates:
+            shape = ids.node.meta["val"].shape
+            if len(shape) == len(leading) and all(statically_known_true(a == b) for a, b in zip(shape, leading)):
+                return ids
+        if x.target not in (_aten.view.default, _aten.reshape.default):
+            return None
+        source = x.args[0]
+        assert isinstance(source, fx.Node)
+        width = source.meta["val"].shape[-1]
+        if not statically_known_true(width == x.meta["val"].shape[-1]):
+            return None
+        x = source
 
 
 def _comes_from_input(node: fx.Node) -> bool:

@@ -1,4 +1,4 @@
-"""Finding feed-forward blocks in a captured graph, by dataflow only: no class, module or parameter name is looked at."""
+"""Finding feed-forward blocks in a captured graph, by dataflow only: names of classes and parameters do not count."""
 
 from moeify.match.find import Found, Match, find
 

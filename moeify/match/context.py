@@ -5,15 +5,28 @@ from __future__ import annotations
 import heapq
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import fx
 
+from moeify.match.axes import reordering
 from moeify.match.linear import Linear
 from moeify.match.ops import (
-    CASTS, DROPOUT, NORMS, SAME, VIEWS, data_inputs, hints, is_constant, is_data, is_pointwise, is_row_wise, name_of,
-)  # fmt: skip
+    CASTS,
+    DROPOUT,
+    NORMS,
+    SAME,
+    VIEWS,
+    arguments,
+    data_inputs,
+    hints,
+    is_constant,
+    is_data,
+    is_pointwise,
+    is_row_wise,
+    name_of,
+)
 from moeify.match.region import through_moves
-from moeify.match.rows import reordering
 
 _FORWARD = 80  # nodes looked at after a candidate
 _BACKWARD = 600  # nodes looked at between a residual operand and the candidate's input
@@ -135,7 +148,7 @@ def _single_source(node: fx.Node, limit: int = 16) -> fx.Node | None:
     return None
 
 
-def _position(node: fx.Node) -> object:
+def _position(node: fx.Node) -> Any:
     return node._sort_key
 
 
@@ -196,14 +209,14 @@ def row_kind(x: fx.Node, x_axis: int, batch_sizes: frozenset[str], linears: Mapp
 
 
 def _mixes_positions(x: fx.Node, axis: int, linears: Mapping[fx.Node, Linear]) -> bool:
-    """Followed back over views and pointwise nodes, the feature axis is not the one that a norm or layer works along."""
+    """Followed back over views, the feature axis is not the one that a norm or layer works along."""
     node = x
     for _ in range(24):
         name = name_of(node)
         if node in linears:
             return linears[node].out_axis != axis
         if name in NORMS:
-            return axis < len(hints(node)) - len(node.args[1])  # type: ignore[arg-type]
+            return axis < len(hints(node)) - len(arguments(node)[1])
         if name == "embedding":
             return axis != len(hints(node)) - 1
         inputs = [n for n in data_inputs(node) if not is_constant(n)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import fx
@@ -10,15 +10,22 @@ from torch import fx
 from moeify.ir.block import Block, CallSite, NearMiss, WeightRef
 from moeify.ir.where import common_path, module_path, source_line
 from moeify.match import context
+from moeify.match.axes import MixesRows
 from moeify.match.linear import Linear, linears
 from moeify.match.ops import data_inputs, is_pointwise, name_of, shape
 from moeify.match.owner import Modules, Place
-from moeify.match.probe import Probe, halves, probe
+from moeify.match.probe import Probe, probe
 from moeify.match.region import (
-    Region, adapter, blocker_reason, grow, hidden_dropout, outside_readers,
-)  # fmt: skip
-from moeify.match.rows import MixesRows, extract
+    Region,
+    adapter,
+    blocker_reason,
+    grow,
+    hidden_dropout,
+    outside_readers,
+)
+from moeify.match.rows import extract
 from moeify.match.signature import signature
+from moeify.match.weights import split_fused, weights_of
 
 _LORA = "its weights carry low-rank adapters (LoRA): merge them first"
 
@@ -129,7 +136,7 @@ class _Search:
             if reason:
                 raise _Refused(reason)
             raise _NotACandidate
-        if not ups or not any(is_pointwise(node) for node in region.nodes):
+        if not ups or not any(is_pointwise(node) or name_of(node) == "glu" for node in region.nodes):
             raise _NotACandidate
         if len(ups) > 2 or not context.same_tensor(ups):
             bent = any(is_pointwise(n) and name_of(n) not in ("add", "to", "clone") for n in region.nodes)
@@ -169,7 +176,7 @@ class _Search:
         return found
 
     def _record(self, region: Region, found: Probe, rows: str, layout: str) -> None:
-        weights = _weights(region, found)
+        weights = weights_of(region, found)
         key = tuple((role, ref.parameter, ref.steps) for role, ref in weights.items())
         x, y = region.ups[0].x, region.down.node
         nodes = {n for layer in (*region.ups, region.down) for n in (layer.core, layer.node)} | set(region.nodes)
@@ -179,13 +186,22 @@ class _Search:
         if block is None:
             block = self._new_block(region, found, rows, layout, weights, place)
             self.by_weights[key] = block
-        elif block.owner is not None and (place.owner, place.output_dropout) != (block.owner, block.output_dropout):
+        elif block.owner is not None and (place.owner, place.output_dropout) != (
+            block.owner,
+            block.output_dropout,
+        ):
             block.owner, block.output_dropout = None, 0.0
         block.calls.append(site)
         self.found.matches.append(Match(block.anchor, len(block.calls) - 1, region))
 
     def _new_block(
-        self, region: Region, found: Probe, rows: str, layout: str, weights: dict[str, WeightRef], place: Place
+        self,
+        region: Region,
+        found: Probe,
+        rows: str,
+        layout: str,
+        weights: dict[str, WeightRef],
+        place: Place,
     ) -> Block:
         dropout = hidden_dropout(region)
         named = found.activation is not None and dropout is not None
@@ -224,7 +240,7 @@ class _Search:
         sources, hidden = _ends(region)
         module = extract(region.nodes, sources, hidden, self.graph_module)
         if found.layout is not None:
-            _split_fused(module, found.layout)
+            split_fused(module, found.layout)
         return module
 
 
@@ -258,52 +274,3 @@ def _layout(region: Region) -> str:
     if first.x_axis == 1:
         return "channels-first"
     raise _Refused(f"its features are on axis {first.x_axis} of {rank}")
-
-
-def _weights(region: Region, found: Probe) -> dict[str, WeightRef]:
-    """The block's weights by role, absent ones left out."""
-    down, ups = region.down, region.ups
-    refs: dict[str, WeightRef | None] = {"down": down.weight, "down_bias": down.bias}
-    if found.layout is not None:
-        gate, up = halves(found.layout, down.d_in)
-        refs |= {"up": _part(ups[0].weight, up), "gate": _part(ups[0].weight, gate)}
-        refs |= {"up_bias": _part(ups[0].bias, up), "gate_bias": _part(ups[0].bias, gate)}
-    elif found.gated:
-        gate_layer, up_layer = ups[found.gate], ups[1 - found.gate]
-        refs |= {"up": up_layer.weight, "gate": gate_layer.weight}
-        refs |= {"up_bias": up_layer.bias, "gate_bias": gate_layer.bias}
-    else:
-        refs |= {"up": ups[0].weight, "up_bias": ups[0].bias}
-    return {role: ref for role, ref in refs.items() if ref is not None}
-
-
-def _part(ref: WeightRef | None, part: tuple[int, int, int]) -> WeightRef | None:
-    """Some rows of a fused weight."""
-    if ref is None:
-        return None
-    start, stop, step = part
-    rows = len(range(start, stop, step))
-    return replace(ref, shape=(rows, *ref.shape[1:]), steps=(*ref.steps, ("slice", 0, start, stop, step)))
-
-
-def _split_fused(module: fx.GraphModule, layout: str) -> None:
-    """Give a row function of one fused value two inputs, up and gate."""
-    aten = torch.ops.aten
-    graph = module.graph
-    (fused,) = [node for node in graph.nodes if node.op == "placeholder"]
-    with graph.inserting_after(fused):
-        gate = graph.placeholder("g")
-    with graph.inserting_after(gate):
-        if layout.startswith("interleaved"):
-            pairs = graph.call_function(aten.stack.default, ([gate, fused], -1))
-        else:
-            pairs = graph.call_function(aten.cat.default, ([gate, fused], 1))
-    joined = pairs
-    if layout.startswith("interleaved"):
-        with graph.inserting_after(pairs):
-            joined = graph.call_function(aten.flatten.using_ints, (pairs, 1))
-    fused.replace_all_uses_with(joined, delete_user_cb=lambda user: user is not pairs)
-    graph.lint()
-    module.recompile()
-
-

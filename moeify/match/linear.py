@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from moeify.ir.block import WeightRef
-from moeify.match.ops import CASTS, SAME, arg, data_inputs, hints, name_of, shape, value
+from moeify.match.ops import CASTS, SAME, arg, arguments, data_inputs, hints, name_of, shape, value
 
 _CONVOLUTIONS = {"conv1d": 1, "conv2d": 2, "conv3d": 3}
 
@@ -58,7 +58,7 @@ def weight_ref(node: fx.Node, *extra: tuple) -> WeightRef:
     top = node
     while node.op != "get_attr":
         name = name_of(node)
-        before = node.args[0] if node.args else None
+        before = arguments(node)[0] if arguments(node) else None
         if not isinstance(before, fx.Node):
             raise _Computed(f"the weight is computed by {name or node.op}")
         rank = len(shape(before))
@@ -66,11 +66,11 @@ def weight_ref(node: fx.Node, *extra: tuple) -> WeightRef:
             steps.append(("t",) if rank == 2 else ("permute", *_swapped(rank, name)))
         elif name in ("transpose", "swapaxes", "swapdims"):
             order = list(range(rank))
-            i, j = node.args[1] % rank, node.args[2] % rank
+            i, j = arguments(node)[1] % rank, arguments(node)[2] % rank
             order[i], order[j] = order[j], order[i]
             steps.append(("permute", *order))
         elif name == "permute":
-            steps.append(("permute", *(d % rank for d in node.args[1])))
+            steps.append(("permute", *(d % rank for d in arguments(node)[1])))
         elif name in ("view", "reshape", "_unsafe_view", "unsqueeze", "squeeze", "flatten", "unflatten"):
             steps.append(("reshape", *hints(node)))
         elif name == "slice":
@@ -84,7 +84,9 @@ def weight_ref(node: fx.Node, *extra: tuple) -> WeightRef:
         elif name in CASTS:
             a, b = value(node), value(before)
             if a is None or b is None or a.dtype != b.dtype:
-                raise _Computed(f"the weight is cast to {str(a.dtype if a is not None else '?').removeprefix('torch.')}")
+                raise _Computed(
+                    f"the weight is cast to {str(a.dtype if a is not None else '?').removeprefix('torch.')}"
+                )
         elif name == "getitem":
             raise _Computed("the weight is a part of a stacked parameter")
         else:
@@ -147,21 +149,30 @@ def _make(
     except _Computed as reason:
         problem = str(reason)
     x_axis, out_axis = axes
-    d_in, d_out = shape(x)[x_axis], shape(node)[out_axis]
-    if not isinstance(d_in, int) or not isinstance(d_out, int):
-        return None
-    return Linear(node, node, x, x_axis % len(shape(x)), out_axis % len(shape(node)), d_in, d_out, ref, bias_ref, problem)
+    d_in, d_out = hints(x)[x_axis], hints(node)[out_axis]
+    return Linear(
+        node,
+        node,
+        x,
+        x_axis % len(shape(x)),
+        out_axis % len(shape(node)),
+        d_in,
+        d_out,
+        ref,
+        bias_ref,
+        problem,
+    )
 
 
 def _linear(node: fx.Node) -> Linear | None:
-    x, weight = node.args[:2]
+    x, weight = arguments(node)[:2]
     if not _is_parameter(weight) or len(shape(weight)) != 2:
         return None
     return _make(node, x, (-1, -1), weight, arg(node, 2, "bias"))
 
 
 def _addmm(node: fx.Node) -> Linear | None:
-    bias, x, weight = node.args[:3]
+    bias, x, weight = arguments(node)[:3]
     scaled = node.kwargs.get("beta", 1) != 1 or node.kwargs.get("alpha", 1) != 1
     if scaled or not _is_parameter(weight) or not _is_parameter(bias) or len(shape(bias)) != 1:
         return None
@@ -169,14 +180,14 @@ def _addmm(node: fx.Node) -> Linear | None:
 
 
 def _matmul(node: fx.Node) -> Linear | None:
-    x, weight = node.args[:2]
+    x, weight = arguments(node)[:2]
     if not _is_parameter(weight) or len(shape(weight)) != 2 or _is_parameter(x) or len(shape(x)) < 2:
         return None
     return _make(node, x, (-1, -1), weight, None, ("t",))
 
 
 def _einsum(node: fx.Node) -> Linear | None:
-    equation, operands = str(node.args[0]).replace(" ", ""), node.args[1]
+    equation, operands = str(arguments(node)[0]).replace(" ", ""), arguments(node)[1]
     if len(operands) != 2 or "->" not in equation:
         return None
     left, out = equation.split("->")
@@ -207,7 +218,7 @@ def _axis(term: str, letter: str) -> int:
 
 def _conv(node: fx.Node) -> Linear | None:
     name = name_of(node)
-    x, weight = node.args[:2]
+    x, weight = arguments(node)[:2]
     if not _is_parameter(weight):
         return None
     rank = len(shape(weight)) - 2
@@ -217,7 +228,7 @@ def _conv(node: fx.Node) -> Linear | None:
         return None
     stride, padding = arg(node, 3, "stride", 1), arg(node, 4, "padding", 0)
     if name == "convolution":
-        transposed, groups = node.args[6], node.args[8]
+        transposed, groups = arguments(node)[6], arguments(node)[8]
     else:
         transposed, groups = False, arg(node, 6, "groups", 1)
     padded = padding not in ("same", "valid") and any(_as_list(padding))
@@ -239,7 +250,12 @@ def _fold_bias(linear: Linear) -> Linear:
     if name_of(add) != "add" or add.kwargs.get("alpha", 1) != 1 or len(add.args) != 2:
         return linear
     bias = add.args[1] if add.args[0] is linear.node else add.args[0]
-    if not isinstance(bias, fx.Node) or bias is linear.node or not _is_parameter(bias) or hints(add) != hints(linear.node):
+    if (
+        not isinstance(bias, fx.Node)
+        or bias is linear.node
+        or not _is_parameter(bias)
+        or hints(add) != hints(linear.node)
+    ):
         return linear
     rank, sizes = len(shape(linear.node)), hints(bias)
     padded = (1,) * (rank - len(sizes)) + sizes
@@ -250,7 +266,15 @@ def _fold_bias(linear: Linear) -> Linear:
     except _Computed:
         return linear
     return Linear(
-        add, linear.core, linear.x, linear.x_axis, linear.out_axis, linear.d_in, linear.d_out, linear.weight, ref
+        add,
+        linear.core,
+        linear.x,
+        linear.x_axis,
+        linear.out_axis,
+        linear.d_in,
+        linear.d_out,
+        linear.weight,
+        ref,
     )
 
 
@@ -265,4 +289,3 @@ _READERS: dict[str, Callable[[fx.Node], Linear | None]] = {
     "conv3d": _conv,
     "convolution": _conv,
 }
-

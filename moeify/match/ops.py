@@ -1,4 +1,4 @@
-"""What the matcher knows about operators: which keep rows apart, which only move elements, which stand for attention."""
+"""What the matcher knows about operators: which keep rows apart, which only move elements, which are attention."""
 
 from __future__ import annotations
 
@@ -29,8 +29,10 @@ SOFTMAX = {"softmax", "log_softmax", "_softmax", "_log_softmax"}
 VIEWS = RESHAPES | REORDERS
 ATTENTION = {
     "scaled_dot_product_attention", "_scaled_dot_product_flash_attention", "softmax", "_softmax", "bmm", "baddbmm",
-    "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_efficient_attention", "_native_multi_head_attention",
+    "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_efficient_attention",
+    "_native_multi_head_attention",
 }  # fmt: skip
+RECURRENT = {"lstm", "gru", "rnn_tanh", "rnn_relu"}
 
 
 def name_of(node: fx.Node) -> str:
@@ -111,6 +113,11 @@ def is_constant(node: fx.Node) -> bool:
             return all(arg.op == "get_attr" for arg in inputs) and node.op == "call_function"
         node = inputs[0]
     return False
+
+
+def arguments(node: fx.Node) -> Any:
+    """``node.args`` without the union of everything that an argument may be."""
+    return node.args
 
 
 def arg(node: fx.Node, position: int, name: str, default: Any = None) -> Any:

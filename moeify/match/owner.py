@@ -10,8 +10,8 @@ from torch import fx
 
 from moeify.ir.where import common_path, module_path
 from moeify.match.linear import Linear
-from moeify.match.ops import DROPOUT, RESHAPES, SAME, data_inputs, hints, is_data, name_of
-from moeify.match.region import Region
+from moeify.match.ops import DROPOUT, RESHAPES, SAME, arguments, data_inputs, hints, is_data, name_of
+from moeify.match.region import Region, combined
 
 _SUFFIX = re.compile(r"@\d+")
 _KEPT_SHAPE = RESHAPES | SAME
@@ -63,7 +63,7 @@ class Modules:
         inside = set(self.nodes[key])
         if not block <= inside:
             return None
-        kept, read, results = 1.0, set(), set()
+        rate, read, results = 0.0, set(), set()
         after = {region.down.node}
         for node in self.nodes[key]:
             if not is_data(node):
@@ -74,7 +74,7 @@ class Modules:
                 if follows:
                     after.add(node)
                 if follows and name in DROPOUT:
-                    kept *= 1.0 - float(node.args[1])  # type: ignore[arg-type]
+                    rate = combined(rate, float(arguments(node)[1]))
                 elif not _from_parameters(node) and name not in _KEPT_SHAPE:
                     return None
             read |= {n for n in data_inputs(node) if n not in inside and n.op != "get_attr"}
@@ -88,7 +88,7 @@ class Modules:
         expected[axis] = region.down.d_out
         if hints(source)[axis] != region.ups[0].d_in or list(hints(result)) != expected:
             return None
-        return 1.0 - kept
+        return rate
 
 
 def _from_parameters(node: fx.Node) -> bool:

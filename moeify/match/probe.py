@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from moeify.ir.activations import TABLE
-from moeify.match.ops import CASTS, DROPOUT, hints, name_of
-from moeify.match.rows import MixesRows, extract
+from moeify.match.axes import MixesRows
+from moeify.match.ops import CASTS, DROPOUT, arguments, hints, name_of
+from moeify.match.rows import extract
 
 # Far below the distance between any two names (gelu and gelu_tanh: 5e-4), above float32 constants in the graph (1e-7).
 _TOLERANCE = 2e-6
@@ -26,8 +27,9 @@ HALVES = ("halves", "swapped", "interleaved", "interleaved-swapped")
 class Probe:
     """What the row function was found to be.
 
-    ``activation`` is None when it has no name; ``layout`` says how a fused up layer holds gate and up (halves: gate first);
-    ``order`` which of two up layers is the gate (0 or 1); ``nonlinear`` is False for an affine function or a mere norm.
+    ``activation`` is None when it has no name; ``layout`` says how a fused up layer holds gate and up (halves: gate
+    first); ``gate`` which of two up layers is the gate (0 or 1); ``nonlinear`` is False for an affine function or a
+    mere norm.
     """
 
     activation: str | None
@@ -39,7 +41,10 @@ class Probe:
 
 
 def probe(
-    nodes: Sequence[fx.Node], sources: Sequence[tuple[fx.Node, int]], hidden: tuple[fx.Node, int], root: nn.Module
+    nodes: Sequence[fx.Node],
+    sources: Sequence[tuple[fx.Node, int]],
+    hidden: tuple[fx.Node, int],
+    root: nn.Module,
 ) -> Probe:
     """Raises MixesRows when there is no row function or its widths do not fit."""
     region = extract(nodes, sources, hidden, root)
@@ -135,10 +140,12 @@ def _is_nonlinear(region: fx.GraphModule, inputs: list[Tensor], h: Tensor, const
     both = _run(region, [u + u.flip(0) for u in inputs], constants)
     if _same(both + zero, h + flipped):
         return False
-    large = [1e3 * (u.abs() + 1) * u.sign() for u in inputs]
-    once, thrice = (_run(region, [k * u for u in large], constants) for k in (1.0, 3.0))
-    unchanged = (once - thrice).abs().max() <= 1e-3 * once.abs().max()
-    return not (bool(unchanged) and not _is_pointwise(region, inputs, h, constants))
+    # A norm alone is odd around its bias and blind to scale; with an activation before it, it is not odd.
+    mirrored = _run(region, [-u for u in inputs], constants)
+    larger = _run(region, [2 * u for u in inputs], constants)
+    odd = _same(mirrored - zero, zero - h)
+    blind = bool((larger - h).abs().max() <= 1e-2 * h.abs().max())
+    return not (odd and blind and not _is_pointwise(region, inputs, h, constants))
 
 
 def _is_pointwise(region: fx.GraphModule, inputs: list[Tensor], h: Tensor, constants: dict[str, Any]) -> bool:
@@ -198,7 +205,8 @@ def _evaluate(nodes: Sequence[fx.Node], env: dict[fx.Node, Any], constants: dict
 
     def step(node: fx.Node) -> Any:
         name = name_of(node)
-        args, kwargs = fx.map_arg(node.args, read), fx.map_arg(node.kwargs, read)
+        args: Any = fx.map_arg(arguments(node), read)
+        kwargs: Any = fx.map_arg(node.kwargs, read)
         if name in DROPOUT:
             return args[0]
         if name in CASTS and args[0].is_floating_point():
@@ -210,7 +218,7 @@ def _evaluate(nodes: Sequence[fx.Node], env: dict[fx.Node, Any], constants: dict
         if name == "view":
             return args[0].reshape(args[1])
         with torch.device("cpu"):
-            return node.target(*args, **kwargs)  # type: ignore[operator]
+            return node.target(*args, **kwargs)
 
     for node in nodes:
         env[node] = step(node)
@@ -218,7 +226,7 @@ def _evaluate(nodes: Sequence[fx.Node], env: dict[fx.Node, Any], constants: dict
 
 
 def _attributes(region: fx.GraphModule) -> dict[str, Tensor]:
-    found = dict(region.named_parameters(remove_duplicate=False))
+    found: dict[str, Tensor] = dict(region.named_parameters(remove_duplicate=False))
     found.update(region.named_buffers(remove_duplicate=False))
     return found
 

@@ -10,8 +10,19 @@ from torch import fx
 
 from moeify.match.linear import Linear
 from moeify.match.ops import (
-    ATTENTION, CASTS, DROPOUT, SAME, VIEWS, data_inputs, is_constant, is_data, is_row_wise, name_of,
-)  # fmt: skip
+    ATTENTION,
+    CASTS,
+    DROPOUT,
+    RECURRENT,
+    SAME,
+    VIEWS,
+    arguments,
+    data_inputs,
+    is_constant,
+    is_data,
+    is_row_wise,
+    name_of,
+)
 
 # Nodes per candidate: bounds the work, and with it keeps the search linear in the size of the graph.
 _LIMIT = 160
@@ -84,6 +95,8 @@ def blocker_reason(region: Region, linears: Mapping[fx.Node, Linear]) -> str | N
         if not _hangs_on_linear(node, linears):
             continue
         name = name_of(node) or node.name
+        if name in RECURRENT:
+            continue
         if name.startswith("conv"):
             return f"a convolution ({name}) stands between the linear layers and mixes rows"
         if "batch_norm" in name:
@@ -127,7 +140,7 @@ def adapter(ups: Iterable[Linear], linears: Mapping[fx.Node, Linear]) -> bool:
 def hidden_dropout(region: Region) -> float | None:
     """The rate of dropout of the hidden value, None when dropout acts where it cannot be moved to the hidden value."""
     late: set[fx.Node] = set()
-    kept = 1.0
+    rate = 0.0
     passing = _MOVES | {"mul", "div"}
     for node in reversed(region.nodes):
         users = [user for user in node.users if user is not region.down.core and is_data(user)]
@@ -136,5 +149,10 @@ def hidden_dropout(region: Region) -> float | None:
         if name_of(node) in DROPOUT:
             if node not in late:
                 return None
-            kept *= 1.0 - float(node.args[1])  # type: ignore[arg-type]
-    return 1.0 - kept
+            rate = combined(rate, float(arguments(node)[1]))
+    return rate
+
+
+def combined(first: float, second: float) -> float:
+    """The rate of two dropouts one after the other, exactly the other one when one of them is 0."""
+    return first + second if not first or not second else 1.0 - (1.0 - first) * (1.0 - second)

@@ -1,8 +1,8 @@
 """The part of a block between its linear layers, as a function of rows: ``(u_RF[, g_RF]) -> h_RF``.
 
-The captured nodes carry batch and sequence axes in any order. Each value is brought into the form ``[R, *features]``: the
-axes that hold features are followed from the linear layers on, all others become the one row axis. Where a node would mix
-the two, or two rows, there is no such function and ``MixesRows`` says which node it is.
+The captured nodes carry batch and sequence axes in any order. Each value is brought into the form ``[R, *features]``:
+the axes that hold features are followed from the linear layers on, all others become the one row axis. Where a node
+would mix the two, or two rows, there is no such function and ``MixesRows`` says which node it is.
 """
 
 from __future__ import annotations
@@ -15,16 +15,28 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from moeify.match.axes import MixesRows, regroup, reordering
 from moeify.match.ops import (
-    CUTS, DROPOUT, NORMS, REDUCTIONS, REORDERS, RESHAPES, SAME, SOFTMAX, SPLITS,
-    arg, data_inputs, hint, hints, is_pointwise, name_of, shape,
-)  # fmt: skip
+    CUTS,
+    DROPOUT,
+    NORMS,
+    REDUCTIONS,
+    REORDERS,
+    RESHAPES,
+    SAME,
+    SOFTMAX,
+    SPLITS,
+    arg,
+    arguments,
+    data_inputs,
+    hint,
+    hints,
+    is_pointwise,
+    name_of,
+    shape,
+)
 
 aten = torch.ops.aten
-
-
-class MixesRows(Exception):
-    """The reason why rows do not stay apart, in one line."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +49,10 @@ class _Value:
 
 
 def extract(
-    nodes: Sequence[fx.Node], sources: Sequence[tuple[fx.Node, int]], hidden: tuple[fx.Node, int], root: nn.Module
+    nodes: Sequence[fx.Node],
+    sources: Sequence[tuple[fx.Node, int]],
+    hidden: tuple[fx.Node, int],
+    root: nn.Module,
 ) -> fx.GraphModule:
     """The row function of ``nodes`` (in graph order). ``sources`` and ``hidden`` are nodes with their feature axis."""
     maker = _Maker(root)
@@ -105,17 +120,17 @@ class _Maker:
         return self.values[node]
 
     def _getitem(self, node: fx.Node) -> _Value:
-        source, index = node.args
+        source, index = arguments(node)
         if source in self.parts:
             return self.parts[source](int(index))
         raise MixesRows(f"a part of {name_of(source)} is read")
 
     def _same(self, node: fx.Node) -> _Value:
-        return self._value(node.args[0])
+        return self._value(arguments(node)[0])
 
     def _first_only(self, node: fx.Node) -> _Value:
-        value = self._value(node.args[0])
-        out = self._emit(node.target, (value.node, *node.args[1:]), node.kwargs)
+        value = self._value(arguments(node)[0])
+        out = self._emit(node.target, (value.node, *arguments(node)[1:]), node.kwargs)
         return _Value(out, value.dims, value.sizes)
 
     def _pointwise(self, node: fx.Node) -> _Value:
@@ -137,7 +152,7 @@ class _Maker:
                 return self._channel(a, rank, dims, node)
             return self._constant(a, rank, dims, node)
 
-        args = fx.map_arg(node.args, convert)
+        args = fx.map_arg(arguments(node), convert)
         kwargs = fx.map_arg(node.kwargs, convert)
         return _Value(self._emit(node.target, args, kwargs), dims, hints(node))
 
@@ -170,9 +185,9 @@ class _Maker:
         return self.constants[a]
 
     def _reshape(self, node: fx.Node) -> _Value:
-        value = self._value(node.args[0])
+        value = self._value(arguments(node)[0])
         out_sizes = hints(node)
-        out_dims = _regroup(value.sizes, value.dims, out_sizes, name_of(node))
+        out_dims = regroup(value.sizes, value.dims, out_sizes, name_of(node))
         for dim in out_dims:
             if not isinstance(shape(node)[dim], int):
                 raise MixesRows("the feature axis has a dynamic size")
@@ -181,7 +196,7 @@ class _Maker:
         return _Value(out, out_dims, out_sizes)
 
     def _reorder(self, node: fx.Node) -> _Value:
-        value = self._value(node.args[0])
+        value = self._value(arguments(node)[0])
         order = reordering(node, len(value.sizes))
         places = {old: new for new, old in enumerate(order)}
         moved = [places[dim] for dim in value.dims]
@@ -199,23 +214,23 @@ class _Maker:
         return 1 + value.dims.index(dim)
 
     def _cut(self, node: fx.Node) -> _Value:
-        value = self._value(node.args[0])
+        value = self._value(arguments(node)[0])
         name, dim = name_of(node), arg(node, 1, "dim", 0)
         place = self._axis(value, dim, node)
         if name == "select":
             gone = hint(dim) % len(value.sizes)
             dims = tuple(d - (d > gone) for d in value.dims if d != gone)
-            out = self._emit(node.target, (value.node, place, node.args[2]))
+            out = self._emit(node.target, (value.node, place, arguments(node)[2]))
             return _Value(out, dims, hints(node))
-        out = self._emit(node.target, (value.node, place, *node.args[2:]), node.kwargs)
+        out = self._emit(node.target, (value.node, place, *arguments(node)[2:]), node.kwargs)
         return _Value(out, value.dims, hints(node))
 
     def _split(self, node: fx.Node) -> None:
-        value = self._value(node.args[0])
+        value = self._value(arguments(node)[0])
         name = name_of(node)
         dim = arg(node, 1 if name == "unbind" else 2, "dim", 0)
         place = self._axis(value, dim, node)
-        head = node.args[:1] if name == "unbind" else node.args[:2]
+        head = arguments(node)[:1] if name == "unbind" else arguments(node)[:2]
         made = self._emit(node.target, (value.node, *head[1:], place))
         results = node.meta["val"]
 
@@ -230,28 +245,28 @@ class _Maker:
         self.parts[node] = part
 
     def _norm(self, node: fx.Node) -> _Value:
-        value = self._value(node.args[0])
-        axes = len(node.args[1])
+        value = self._value(arguments(node)[0])
+        axes = len(arguments(node)[1])
         last = tuple(range(len(value.sizes) - axes, len(value.sizes)))
         if value.dims[-axes:] != last:
             raise MixesRows(f"{name_of(node)} normalises over a row axis")
-        args = fx.map_arg(node.args, lambda a: self.values[a].node if a in self.values else self._copy(a))
+        args = fx.map_arg(arguments(node), lambda a: self.values[a].node if a in self.values else self._copy(a))
         return _Value(self._emit(node.target, args, node.kwargs), value.dims, value.sizes)
 
     def _reduce(self, node: fx.Node) -> _Value:
-        value = self._value(node.args[0])
+        value = self._value(arguments(node)[0])
         name = name_of(node)
         place = 2 if name in ("linalg_vector_norm", "norm") else 1
         dims, keep = arg(node, place, "dim"), arg(node, place + 1, "keepdim", False)
         if name in ("var", "std"):
-            keep = node.kwargs.get("keepdim", node.args[3] if len(node.args) > 3 else False)
+            keep = node.kwargs.get("keepdim", arguments(node)[3] if len(arguments(node)) > 3 else False)
         if dims is None or dims == [] or isinstance(dims, bool):
             raise MixesRows(f"{name} reduces over rows")
         places = [self._axis(value, dim, node) for dim in (dims if isinstance(dims, (list, tuple)) else [dims])]
         if not keep:
             raise MixesRows(f"{name} drops the feature axis")
         new = places if isinstance(dims, (list, tuple)) else places[0]
-        args = list(node.args)
+        args = list(arguments(node))
         kwargs = dict(node.kwargs)
         args[0] = value.node
         if len(args) > place:
@@ -261,60 +276,21 @@ class _Maker:
         return _Value(self._emit(node.target, tuple(args), kwargs), value.dims, hints(node))
 
     def _along(self, node: fx.Node) -> _Value:
-        value = self._value(node.args[0])
+        value = self._value(arguments(node)[0])
         place = self._axis(value, arg(node, 1, "dim", -1), node)
-        out = self._emit(node.target, (value.node, place, *node.args[2:]), {k: v for k, v in node.kwargs.items() if k != "dim"})
+        out = self._emit(
+            node.target,
+            (value.node, place, *arguments(node)[2:]),
+            {k: v for k, v in node.kwargs.items() if k != "dim"},
+        )
         return _Value(out, value.dims, hints(node))
 
     def _cat(self, node: fx.Node) -> _Value:
-        values = [self._value(n) for n in node.args[0]]
+        values = [self._value(n) for n in arguments(node)[0]]
         if len({(v.dims, len(v.sizes)) for v in values}) != 1:
             raise MixesRows("cat combines values whose axes differ")
         place = self._axis(values[0], arg(node, 1, "dim", 0), node)
         return _Value(self._emit(node.target, ([v.node for v in values], place)), values[0].dims, hints(node))
-
-
-def _regroup(sizes: tuple[int, ...], dims: tuple[int, ...], out: tuple[int, ...], name: str) -> tuple[int, ...]:
-    """Which axes of a reshaped tensor hold features: axes are matched in the smallest groups of equal product."""
-    found: list[int] = []
-    i = j = 0
-    while i < len(sizes) and j < len(out):
-        before, after, p, q = [i], [j], sizes[i], out[j]
-        i, j = i + 1, j + 1
-        while p != q:
-            if p < q:
-                p *= sizes[i]
-                before.append(i)
-                i += 1
-            else:
-                q *= out[j]
-                after.append(j)
-                j += 1
-        features = [k for k in before if k in dims]
-        rows = [k for k in before if k not in dims and sizes[k] != 1]
-        if rows and any(sizes[k] != 1 for k in features):
-            raise MixesRows(f"{name} merges rows with features")
-        if features and not rows:
-            found.extend(after)
-    return tuple(found)
-
-
-def reordering(node: fx.Node, rank: int) -> list[int]:
-    """The permutation that a reordering operator applies: result axis -> operand axis."""
-    name, order = name_of(node), list(range(rank))
-    if name in ("t", "numpy_T"):
-        return order[::-1]
-    if name == "permute":
-        return [d % rank for d in node.args[1]]
-    if name == "movedim":
-        as_list = [[a] if isinstance(a, int) else list(a) for a in node.args[1:3]]
-        source, target = [d % rank for d in as_list[0]], [d % rank for d in as_list[1]]
-        rest = [d for d in order if d not in source]
-        places = dict(zip(target, source))
-        return [places[d] if d in places else rest.pop(0) for d in order]
-    i, j = (rank - 2, rank - 1) if name == "mT" else (node.args[1] % rank, node.args[2] % rank)
-    order[i], order[j] = order[j], order[i]
-    return order
 
 
 def _holder(root: nn.Module, graph: fx.Graph) -> nn.Module:
@@ -336,5 +312,3 @@ def _holder(root: nn.Module, graph: fx.Graph) -> nn.Module:
         else:
             target.register_buffer(leaf, tensor)
     return holder
-
-

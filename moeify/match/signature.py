@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import fx
 
-from moeify.match.ops import hints, is_data, name_of
+from moeify.match.ops import hint, hints, is_data, name_of
 from moeify.match.region import Region
 
 
@@ -24,7 +24,7 @@ def signature(region: Region) -> tuple[Any, ...]:
         if is_data(item):
             return f"{name_of(item)}{fx.map_arg(item.args, describe)}{hints(item)}"
         val = item.meta.get("val")
-        return f"size {val.node.hint if hasattr(val, 'node') else val}"
+        return f"size {hint(val) if val is not None else item.name}"
 
     for up in region.ups:
         numbers[up.node] = len(numbers)

@@ -43,7 +43,7 @@ class Weights(nn.Module):
             inputs = self.down.shape[-1] if role.startswith("down") else self.up.shape[-1]
             nn.init.uniform_(parameter, -1 / math.sqrt(inputs), 1 / math.sqrt(inputs))
 
-    def roles(self) -> tuple[Tensor | None, ...]:
+    def roles(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None, Tensor | None]:
         """The weights in the order in which operators take them."""
         return self.up, self.gate, self.down, self.up_bias, self.gate_bias, self.down_bias
 
@@ -55,14 +55,14 @@ class MoE(nn.Module):
     """``y = sum_k w_k * expert_k(x) [+ sigmoid(shared_gate(x)) * shared(x)] [+ output_bias]``.
 
     Maps ``[..., d_model]`` to ``[..., d_out]``, or ``[N, d_model, *spatial]`` to ``[N, d_out, *spatial]`` with layout
-    ``channels-first``; any number of tokens, none included. An expert is ``down(act(up(x)))``, or ``down(act(gate(x)) * up(x))``
-    when ``gate`` is among the roles.
+    ``channels-first``; any number of tokens, none included. An expert is ``down(act(up(x)))``, or
+    ``down(act(gate(x)) * up(x))`` when ``gate`` is among the roles.
 
-    ``roles`` names the weights an expert has: ``up`` and ``down``, and any of ``gate``, ``up_bias``, ``gate_bias``, ``down_bias``;
-    the shared FFN has the same ones. ``activation`` is a name of ``moeify.ir.activations`` or a module over rows, called with
-    (u) or (u, g) and giving the hidden value, gate product included. ``hidden_dropout`` acts in training mode, and only with
-    a named activation. ``shared`` is the width of the shared FFN, all always-on experts together. Parameters are drawn as in
-    torch.nn.Linear, the router's excepted; on the meta device they are left alone.
+    ``roles`` names the weights an expert has: ``up`` and ``down``, and any of ``gate``, ``up_bias``, ``gate_bias``,
+    ``down_bias``; the shared FFN has the same ones. ``activation`` is a name of ``moeify.ir.activations`` or a module
+    over rows, called with (u) or (u, g) and giving the hidden value, gate product included. ``hidden_dropout`` acts in
+    training mode, and only with a named activation. ``shared`` is the width of the shared FFN, all always-on experts
+    together. Parameters are drawn as in torch.nn.Linear, the router's excepted; on the meta device they are left alone.
 
     Raises UsageError for arguments that contradict each other, UnknownName for an unknown activation.
     """
@@ -96,7 +96,7 @@ class MoE(nn.Module):
         self.experts = Weights(_shapes(roles, (num_experts,), d_model, d_expert, d_out), **kind)
         self.router = router
         self.shared = Weights(_shapes(roles, (), d_model, shared, d_out), **kind) if shared else None
-        self.shared_gate = nn.Linear(d_model, 1, bias=False, **kind) if shared_gate else None  # type: ignore[arg-type]
+        self.shared_gate = nn.Linear(d_model, 1, bias=False, **kind) if shared_gate else None
         self.output_bias = nn.Parameter(torch.zeros(d_out, **kind)) if output_bias else None  # type: ignore[arg-type]
         if self.experts.up.device.type != "meta":
             self.experts.reset_parameters()
@@ -133,9 +133,8 @@ class MoE(nn.Module):
 
     def _shared(self, x_TD: Tensor, weights: Weights) -> Tensor:
         if self.region is None:
-            return ffn(x_TD, *weights.roles(), self.activation, self.hidden_dropout, self.training)  # type: ignore[arg-type]
+            return ffn(x_TD, *weights.roles(), self.activation, self.hidden_dropout, self.training)
         up, gate, down, up_bias, gate_bias, down_bias = weights.roles()
-        assert up is not None and down is not None
         pre_gate = None if gate is None else F.linear(x_TD, gate, gate_bias)
         return F.linear(self._hidden(F.linear(x_TD, up, up_bias), pre_gate), down, down_bias)
 

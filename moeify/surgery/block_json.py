@@ -40,7 +40,7 @@ def from_data(data: Mapping[str, Any], model: nn.Module) -> Block:
         raise UnreadableFile(f"a block of the checkpoint has the unknown field {unknown[0]!r}")
     fields = dict(data)
     for name, value in fields.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and name != "region":
             fields[name] = _weight(value)
     fields["linears"] = tuple(fields.get("linears", ()))
     if fields.get("region") is not None:

@@ -12,6 +12,7 @@ from moeify.ir.block import Block
 from moeify.ir.recipe import Recipe
 
 ATTRIBUTE = "moeify_conversion"
+REPORT = "moeify_report"  # where moeify.convert leaves its Report on the model
 
 
 @dataclass
@@ -23,7 +24,6 @@ class Conversion:
     token_ids_of: dict[str, str] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
     factory: str | None = None
-    report: dict[str, Any] | None = None
 
 
 def conversion_of(model: nn.Module) -> Conversion:

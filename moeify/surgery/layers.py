@@ -38,7 +38,7 @@ class Owned(Placed):
 
     output_dropout: float = 0.0
 
-    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:  # type: ignore[override]
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Takes what the submodule took: one tensor, by position or by whatever name it had."""
         given = [*args, *kwargs.values()]
         tensors = [value for value in given if isinstance(value, torch.Tensor)]

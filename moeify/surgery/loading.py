@@ -12,10 +12,12 @@ from torch import nn
 
 from moeify.errors import BadRecipe, StateDictMismatch, UnreadableFile
 from moeify.ir.recipe import Recipe
+from moeify.ir.report import Report
 from moeify.surgery import block_json, shards, skeleton
-from moeify.surgery.conversion import Conversion
+from moeify.surgery.conversion import REPORT, Conversion
 from moeify.surgery.layout import CONFIG, FIELDS, FORMAT, MARKER, VERSION
 from moeify.surgery.pretrained import guard
+from moeify.surgery.region import has_tensor
 from moeify.surgery.replace import rewrite
 from moeify.surgery.tensors import assign, collect
 
@@ -39,13 +41,15 @@ def load(folder: str | Path, *, factory: skeleton.Factory | str | None = None, a
             token_ids_of=data["token_ids_of"],
             provenance=data["provenance"],
             factory=factory if isinstance(factory, str) else data["skeleton"].get("factory"),
-            report=data["report"],
         )
     except (BadRecipe, KeyError, TypeError) as error:
         raise _not_understood(folder, error) from error
-    rewrite(model, conversion, values=False)
+    _check_skeleton(model, conversion, folder)
+    rewrite(model, conversion, known=None)
     _fill(model, folder, data)
     guard(model)
+    if data["report"] is not None:
+        object.__setattr__(model, REPORT, Report.from_dict(data["report"]))
     return model.eval()
 
 
@@ -70,6 +74,13 @@ def _read_marker(folder: Path) -> dict[str, Any]:
     if missing:
         raise UnreadableFile(f"{folder / MARKER} has no field {missing[0]!r}")
     return data
+
+
+def _check_skeleton(model: nn.Module, conversion: Conversion, folder: Path) -> None:
+    for block in conversion.blocks:
+        for ref in block.weights.values():
+            if not has_tensor(model, ref.parameter):
+                raise _misfit(f"it has no {ref.parameter}", folder)
 
 
 def _fill(model: nn.Module, folder: Path, data: Mapping[str, Any]) -> None:
@@ -112,11 +123,15 @@ def _compare(wanted: set[str], given: set[str], folder: Path) -> None:
     problems = [f"missing {_some(wanted - given)}"] if wanted - given else []
     problems += [f"unexpected {_some(given - wanted)}"] if given - wanted else []
     if problems:
-        raise StateDictMismatch(
-            f"the checkpoint does not fit its model: {'; '.join(problems)}",
-            where=str(folder),
-            hint="build the model with the code that the checkpoint was written with",
-        )
+        raise _misfit("; ".join(problems), folder)
+
+
+def _misfit(problem: str, folder: Path) -> StateDictMismatch:
+    return StateDictMismatch(
+        f"the checkpoint does not fit its model: {problem}",
+        where=str(folder),
+        hint="build the model with the code that the checkpoint was written with",
+    )
 
 
 def _some(names: set[str]) -> str:

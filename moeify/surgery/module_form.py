@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import torch
 from torch import fx, nn
@@ -14,6 +15,7 @@ from moeify.ir.token_ids import embedded_ids, ids_of_rows
 from moeify.nn.routers import ROUTERS
 from moeify.surgery.conversion import Conversion
 from moeify.surgery.pretrained import guard
+from moeify.surgery.region import has_tensor, tensor_at
 from moeify.surgery.replace import rewrite
 
 
@@ -21,10 +23,12 @@ def apply(model: nn.Module, program: Program, *, in_place: bool = True) -> nn.Mo
     """Replace the converted blocks of ``program`` in the model it was captured from; gives the model.
 
     The new parameters have the names and values they have in graph form, and the dtype, device, ``requires_grad`` and
-    ``training`` of what they replace. Values are computed block by block and the dense ones let go, so the peak is
-    dense + MoE once, unless the caller still holds the program's parameters. ``in_place=False`` copies the model
-    first. Raises Refused, before anything is changed, for a block whose code no submodule can replace; NotDivisible,
-    BadRecipe and the like as the method does.
+    ``training`` of what they replace. Values that the program has computed are taken over, memory and all; the others
+    are computed block by block. Dense weights are let go as they are replaced, so the peak is dense + MoE once.
+    ``in_place=False`` copies the model first.
+
+    Raises Refused, before anything is changed, for a block whose code no submodule can replace; NotDivisible, BadRecipe
+    and the like as the method does.
     """
     conversion = Conversion(
         recipe=program.recipe,
@@ -34,9 +38,13 @@ def apply(model: nn.Module, program: Program, *, in_place: bool = True) -> nn.Mo
     )
     if not in_place:
         model = copy.deepcopy(model)
-    rewrite(model, conversion, values=True)
+    rewrite(model, conversion, known=functools.partial(_computed, program))
     guard(model)
     return model
+
+
+def _computed(program: Program, name: str) -> torch.Tensor | None:
+    return program.parameter(name) if name not in program.pending and has_tensor(program.graph_module, name) else None
 
 
 def _token_ids_of(model: nn.Module, program: Program) -> dict[str, str]:
@@ -63,12 +71,11 @@ def _embedding(model: nn.Module, graph: fx.Graph, block: Block, nodes: dict[str,
             hint="choose another router for this block",
         )
     for reader in found.node.users:
-        table = reader.args[0]
-        if reader.target != torch.ops.aten.embedding.default or not isinstance(table, fx.Node):
-            continue
-        path, _, leaf = str(table.target).rpartition(".")
-        if leaf == "weight" and isinstance(model.get_submodule(path), nn.Embedding):
-            return path
+        if reader.target == torch.ops.aten.embedding.default and isinstance(reader.args[0], fx.Node):
+            table = tensor_at(model, str(reader.args[0].target))
+            for path, module in model.named_modules():  # a tied table may go by the name of the output head
+                if isinstance(module, nn.Embedding) and module.weight is table:
+                    return path
     raise Refused(
         "the router needs token ids, and no nn.Embedding of the model reads them",
         where=block.path,

@@ -5,27 +5,36 @@ Only ATen and ``moeify`` operators can be named; reading one back looks an opera
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import fx, nn
 
 from moeify.errors import Refused, UnreadableFile
+from moeify.surgery.region import has_tensor, reads, tensor_at
 
 NAMESPACES = ("aten", "moeify")
+_MOST_VALUES = 4096  # of a constant
 _TYPED = {torch.dtype: "dtype", torch.device: "device", torch.memory_format: "memory_format", torch.layout: "layout"}
 
 
-def to_data(region: fx.GraphModule, anchor: str) -> list[dict[str, Any]]:
-    """The nodes in order. Raises Refused for a node that plain data cannot hold."""
-    return [_node_to_data(node, anchor) for node in region.graph.nodes]
+def to_data(region: fx.GraphModule, model: nn.Module, anchor: str) -> dict[str, Any]:
+    """The nodes in order, and the small tensors that the model does not have. Raises Refused for what plain data cannot
+    hold.
+    """
+    constants = {name: tensor_at(region, name) for name in reads(region) if not has_tensor(model, name)}
+    return {
+        "nodes": [_node_to_data(node, anchor) for node in region.graph.nodes],
+        "constants": {name: _constant_to_data(value, anchor) for name, value in constants.items()},
+    }
 
 
-def from_data(nodes: list[dict[str, Any]], root: nn.Module) -> fx.GraphModule:
-    """A GraphModule; ``root`` gives the tensors that get_attr nodes name. Raises UnreadableFile."""
+def from_data(data: Mapping[str, Any], model: nn.Module) -> fx.GraphModule:
+    """A GraphModule; ``model`` gives the tensors that get_attr nodes name. Raises UnreadableFile."""
     graph = fx.Graph()
     made: dict[str, fx.Node] = {}
-    for item in nodes:
+    for item in data["nodes"]:
         target = item["target"]
         if item["op"] == "call_function":
             target = _operator(target)
@@ -33,9 +42,27 @@ def from_data(nodes: list[dict[str, Any]], root: nn.Module) -> fx.GraphModule:
             raise UnreadableFile(f"the graph of an activation holds a node of kind {item['op']!r}")
         args = _read(item["args"], made)
         kwargs = {key: _read(value, made) for key, value in item["kwargs"].items()}
-        node = graph.create_node(item["op"], target, tuple(args), kwargs, item["name"])
-        made[item["name"]] = node
+        made[item["name"]] = graph.create_node(item["op"], target, tuple(args), kwargs, item["name"])
+    root = {name: _constant(value) for name, value in data["constants"].items()}
+    for node in graph.find_nodes(op="get_attr"):
+        if node.target not in root:
+            if not has_tensor(model, node.target):
+                raise UnreadableFile(f"an activation reads {node.target}, which the model does not have")
+            root[node.target] = tensor_at(model, node.target)
     return fx.GraphModule(root, graph)
+
+
+def _constant_to_data(value: torch.Tensor, anchor: str) -> dict[str, Any]:
+    if value.numel() > _MOST_VALUES or value.is_complex():
+        raise Refused(f"the activation holds a constant of {value.numel()} values", where=anchor)
+    return {"values": value.tolist(), "dtype": str(value.dtype).removeprefix("torch.")}
+
+
+def _constant(data: Mapping[str, Any]) -> torch.Tensor:
+    dtype = getattr(torch, data["dtype"], None)
+    if not isinstance(dtype, torch.dtype):
+        raise UnreadableFile(f"an activation holds a constant of type {data['dtype']!r}")
+    return torch.tensor(data["values"], dtype=dtype)
 
 
 def _node_to_data(node: fx.Node, anchor: str) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,9 +27,15 @@ from moeify.surgery.region import Region, has_tensor, keep, reads, tensor_at
 from moeify.surgery.slot import Leave, Skip, Slot
 from moeify.surgery.token_ids import TokenIds, tap
 
+Known = Callable[[str], torch.Tensor | None]
 
-def rewrite(model: nn.Module, conversion: Conversion, *, values: bool) -> None:
-    """Put the mixtures in. Without ``values`` their parameters stay on the meta device and nothing dense is read."""
+
+def rewrite(model: nn.Module, conversion: Conversion, known: Known | None) -> None:
+    """Put the mixtures in.
+
+    ``known`` gives values by name that are computed already; those it does not have come from the dense weights.
+    With None instead of ``known`` the new parameters stay on the meta device and nothing dense is read.
+    """
     if hasattr(model, ATTRIBUTE):
         raise UsageError(f"this {type(model).__name__} has been converted already", hint="convert the dense model")
     jobs = [_Job(model, block, conversion) for block in conversion.blocks]
@@ -43,7 +49,7 @@ def rewrite(model: nn.Module, conversion: Conversion, *, values: bool) -> None:
             left[name] -= 1
             if name not in kept:
                 kept[name] = tensor_at(model, name)
-        job.put(holders, kept if values else None)
+        job.put(holders, kept, known)
         kept = {name: tensor for name, tensor in kept.items() if left[name]}
     disable_fast_path(model)
     object.__setattr__(model, ATTRIBUTE, conversion)
@@ -70,15 +76,14 @@ class _Job:
     def sources(self) -> set[str]:
         return {ref.parameter for ref in self.block.weights.values()}
 
-    def put(self, holders: dict[str, TokenIds], dense: dict[str, torch.Tensor] | None) -> None:
-        """Build the layer, fill it from ``dense`` if there is one, and put it in the place of the block."""
-        device = torch.device("meta") if dense is None else self.device
+    def put(self, holders: dict[str, TokenIds], dense: dict[str, torch.Tensor], known: Known | None) -> None:
+        """Build the layer, fill it, and put it in the place of the block."""
         where = self.place
-        layer = self._layer(Owned if isinstance(where, OwnedPlace) else Enter, device, draw=dense is not None)
+        layer = self._layer(Owned if isinstance(where, OwnedPlace) else Enter, draw=known is not None)
         if self.embedding is not None:
             layer.token_ids = holders[self.embedding]
-        if dense is not None:
-            self._fill(layer, dense)
+        if known is not None:
+            self._fill(layer, dense, known)
         for parameter in layer.parameters():
             parameter.requires_grad_(self.requires_grad and parameter.is_floating_point())
         if isinstance(where, OwnedPlace):
@@ -88,7 +93,7 @@ class _Job:
         if layer.region is not None:
             layer.region.bind(self.model)
 
-    def _layer(self, kind: type[Placed], device: torch.device, draw: bool) -> Any:
+    def _layer(self, kind: type[Placed], draw: bool) -> Any:
         block, plan = self.block, self.plan
         vocabulary = None
         if self.embedding is not None:
@@ -101,7 +106,7 @@ class _Job:
         if draw:
             generator = generator_for(self.conversion.recipe.seed, f"{block.anchor}.router")
             router.reset(generator, plan.router_repeat)
-            router.to(device)
+            router.to(self.device)
         owned = kind is Owned
         layer = kind(
             block.d_model,
@@ -122,12 +127,14 @@ class _Job:
         layer.anchor = block.anchor
         return layer
 
-    def _fill(self, layer: Placed, dense: dict[str, torch.Tensor]) -> None:
+    def _fill(self, layer: Placed, dense: dict[str, torch.Tensor], known: Known) -> None:
         for recipe in _recipes(self.block, self.plan):
             name = recipe.name.removeprefix(f"{self.block.anchor}.")
             path, _, leaf = name.rpartition(".")
-            value = recipe.materialise(lambda source: dense[source].detach())
-            layer.get_submodule(path)._parameters[leaf] = nn.Parameter(value)
+            value = known(recipe.name)
+            if value is None:
+                value = recipe.materialise(dense.__getitem__)
+            layer.get_submodule(path)._parameters[leaf] = nn.Parameter(value.detach())
 
     def _put_owned(self, layer: Owned, owner: nn.Module) -> None:
         block = self.block

@@ -7,13 +7,13 @@ import platform
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
+from moeify.ir.report import Report
 from moeify.surgery import block_json, shards, skeleton
-from moeify.surgery.conversion import conversion_of
+from moeify.surgery.conversion import REPORT, conversion_of
 from moeify.surgery.folder import writing
 from moeify.surgery.layout import BUFFERS, CONFIG, FORMAT, MARKER, VERSION, WEIGHTS, is_ours
 from moeify.surgery.tensors import collect
@@ -24,7 +24,7 @@ def save(
     folder: str | Path,
     *,
     factory: str | None = None,
-    report: Mapping[str, Any] | None = None,
+    report: Report | None = None,
 ) -> None:
     """Write the checkpoint folder of a model that ``apply`` converted.
 
@@ -41,7 +41,7 @@ def write_files(
     folder: Path,
     *,
     factory: str | None = None,
-    report: Mapping[str, Any] | None = None,
+    report: Report | None = None,
     values: Mapping[str, torch.Tensor] | None = None,
 ) -> dict[str, str]:
     """Write the files into an existing folder; gives the shard by tensor name. ``values`` replaces the model's own
@@ -66,7 +66,7 @@ def write_files(
         "frozen": tensors.frozen,
         "versions": _versions(),
         "provenance": conversion.provenance,
-        "report": dict(report) if report is not None else conversion.report,
+        "report": (found.to_dict() if (found := report or getattr(model, REPORT, None)) is not None else None),
     }
     if config is not None:
         (folder / CONFIG).write_text(config)

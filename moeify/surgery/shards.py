@@ -41,7 +41,8 @@ def read(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
     try:
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 - not a dict
-                yield name, file.get_tensor(name)
+                # A copy of its own: memory mapped from the file is not aligned, and sums come out in another order.
+                yield name, file.get_tensor(name).clone()
     except SafetensorError as error:
         raise UnreadableFile(
             f"{path.name} is damaged or cut short: {error}",

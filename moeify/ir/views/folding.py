@@ -49,10 +49,7 @@ def fold(program: Program) -> list[Fold]:
     ]
     position = {node: index for index, node in enumerate(program.graph.nodes)}
     groups.sort(key=lambda group: position[group[0].nodes[0]])
-    return [
-        Fold(tuple(group), tuple(printer.line(node, group[0].path) for node in group[0].nodes))
-        for group in groups
-    ]
+    return [Fold(tuple(group), tuple(printer.line(node, group[0].path) for node in group[0].nodes)) for group in groups]
 
 
 def program_layers(program: Program) -> list[Layer]:

@@ -13,9 +13,7 @@ def group_paths(paths: Sequence[str]) -> list[list[int]]:
     skeletons: dict[tuple[str, ...], list[int]] = defaultdict(list)
     for position, path in enumerate(paths):
         skeletons[tuple(_tokens(path)[::2])].append(position)
-    groups = [
-        group for members in skeletons.values() for group in _split(members, [_tokens(p) for p in paths])
-    ]
+    groups = [group for members in skeletons.values() for group in _split(members, [_tokens(p) for p in paths])]
     return sorted(groups)
 
 
@@ -31,9 +29,9 @@ def label(paths: Sequence[str]) -> str:
 
 
 def ranges(numbers: Sequence[int]) -> str:
-    """``0-5``, ``0-3,7``, or ``0,2..10`` where all steps are the same."""
+    """``0-5``, ``0-3,7``, or ``0,2..10`` for four or more with the same step."""
     steps = {b - a for a, b in itertools.pairwise(numbers)}
-    if len(numbers) >= 3 and len(steps) == 1 and steps != {1}:
+    if len(numbers) >= 4 and len(steps) == 1 and steps != {1}:
         return f"{numbers[0]},{numbers[1]}..{numbers[-1]}"
     runs: list[list[int]] = []
     for number in numbers:

@@ -40,9 +40,7 @@ class NoisyTopKRouter(Router):
     evaluation; the noise of training parts them, because it is drawn for each expert. ``init-std`` draws W_g instead.
     """
 
-    def __init__(
-        self, spec: NoisyTopK, d_model: int, num_experts: int, top_k: int, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, spec: NoisyTopK, d_model: int, num_experts: int, top_k: int, dtype: torch.dtype) -> None:
         super().__init__()
         self.spec, self.num_experts, self.top_k = spec, num_experts, top_k
         self.weight = nn.Parameter(torch.empty(num_experts, d_model, dtype=dtype))

@@ -38,9 +38,7 @@ class SoftmaxTopKRouter(Router):
     Shazeer et al., arXiv 1701.06538; Jiang et al. (Mixtral), arXiv 2401.04088.
     """
 
-    def __init__(
-        self, spec: SoftmaxTopK, d_model: int, num_experts: int, top_k: int, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, spec: SoftmaxTopK, d_model: int, num_experts: int, top_k: int, dtype: torch.dtype) -> None:
         super().__init__()
         self.spec, self.num_experts, self.top_k = spec, num_experts, top_k
         self.weight = nn.Parameter(torch.empty(num_experts, d_model, dtype=dtype))

@@ -65,15 +65,13 @@ class SwitchRouter(Router):
     def forward(self, x_TD: Tensor, token_ids_T: Tensor | None = None) -> tuple[Tensor, Tensor]:
         precise_TD = like(x_TD, self.weight)
         if self.spec.jitter:
-            precise_TD = precise_TD * torch.ops.moeify.jitter_like(
-                precise_TD, self.spec.jitter, self.training
-            )
+            precise_TD = precise_TD * torch.ops.moeify.jitter_like(precise_TD, self.spec.jitter, self.training)
         probability_TE = torch.softmax(F.linear(precise_TD, self.weight), dim=-1)
         experts_T1 = probability_TE.argmax(dim=-1, keepdim=True)
         weights_T1 = probability_TE.gather(1, experts_T1)
         if self.spec.capacity_factor:
-            kept_T = self._rank(experts_T1[:, 0]) < self._capacity(experts_T1)
-            weights_T1 = weights_T1 * kept_T[:, None].to(weights_T1.dtype)
+            kept_T = self._rank(experts_T1.squeeze(1)) < self._capacity(experts_T1)
+            weights_T1 = weights_T1 * kept_T.unsqueeze(1).to(weights_T1.dtype)
         return experts_T1, like(weights_T1, x_TD)
 
     def _capacity(self, experts_T1: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """NanoGuard, a real prompt-injection detector with squared ReLU and no biases: a state_dict plus a factory.
 
 The checkpoint holds weights only, so the architecture is written here, as its owner would have it in a module of
-their own: ``moeify convert model.pt --factory nanoguard:build --input ...``.
+their own: ``moeify convert model.pt --factory prompt_guard:build --input ...``.
 """
 
 from __future__ import annotations
@@ -120,12 +120,12 @@ def tokens(prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
 def main() -> None:
     OUT.mkdir(exist_ok=True)
     output = OUT / "nanoguard-moe.pt2"
-    command = [sys.executable, "-m", "moeify", "convert", str(nanoguard()), "--factory", "nanoguard:build"]
+    command = [sys.executable, "-m", "moeify", "convert", str(nanoguard()), "--factory", "prompt_guard:build"]
     command += [
         "--input",
         "input_ids=int64[batch=2,seq=16]",
         "--input",
-        "attention_mask=int64[batch=2,seq=16,max=2]",
+        "attention_mask=int64[batch=2,seq=16]{below=2}",
     ]
     command += ["--method", "granular", "--experts", "16", "--top-k", "4", "-o", str(output), "--json"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
