@@ -43,8 +43,8 @@ class Registry:
         return cls(**_read_options(cls, match[1], match[2] or ""))
 
     def summaries(self) -> list[tuple[str, str, str]]:
-        """(name, options with their defaults, first line of the docstring) of every entry, for listings."""
-        return [(name, _defaults(self.cls(name)), _first_line(self.cls(name))) for name in self.table]
+        """(name, options with their defaults, first sentence of the docstring) of every entry, for listings."""
+        return [(name, _defaults(self.cls(name)), _first_sentence(self.cls(name))) for name in self.table]
 
 
 def render(thing: Any) -> str:
@@ -91,5 +91,7 @@ def _defaults(cls: type) -> str:
     return ", ".join(f"{f.name.replace('_', '-')}={_write(f.default)}" for f in fields)
 
 
-def _first_line(cls: type) -> str:
-    return (cls.__doc__ or "").strip().split("\n")[0]
+def _first_sentence(cls: type) -> str:
+    paragraph = " ".join((cls.__doc__ or "").split("\n\n")[0].split())
+    sentence, stop, _ = paragraph.partition(". ")
+    return sentence + stop.strip()

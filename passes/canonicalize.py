@@ -217,22 +217,23 @@ def _drop_no_ops(graph: fx.Graph, written: set[fx.Node]) -> int:
 
 def _is_no_op(node: fx.Node) -> bool:
     name = _name(node)
-    operand = node.args[0] if node.args else None
+    args: Any = node.args
+    operand = args[0] if args else None
     if not isinstance(operand, fx.Node):
         return False
     before, after = operand.meta.get("val"), node.meta.get("val")
     if not isinstance(before, torch.Tensor) or not isinstance(after, torch.Tensor):
         return False
     if name == "dropout":
-        return node.args[1] == 0.0
+        return bool(args[1] == 0.0)
     if name == "alias":
         return True
     if name in ("to", "_to_copy", "type_as"):
         same = before.dtype == after.dtype and before.device == after.device and before.layout == after.layout
-        return same and node.kwargs.get("memory_format") in (None, torch.preserve_format)
+        return bool(same) and node.kwargs.get("memory_format") in (None, torch.preserve_format)
     if name == "slice":
-        _, start, end, step = (list(node.args[1:]) + [0, None, None, 1][len(node.args) - 1 :])[:4]
+        _, start, end, step = (list(args[1:]) + [0, None, None, 1][len(args) - 1 :])[:4]
         return start in (0, None) and end in (_WHOLE, None) and step == 1
     if name == "expand":
-        return all(isinstance(size, int) and size == -1 for size in node.args[1])
+        return all(isinstance(size, int) and size == -1 for size in args[1])
     return False

@@ -76,7 +76,12 @@ class _Writer:
             args = [self._weight(block.weights.get(role), match) for role in ("up", "gate", "down")]
             args += [self._weight(block.weights.get(f"{role}_bias"), match) for role in ("up", "gate", "down")]
             extra = (block.hidden_dropout,) if block.hidden_dropout else ()
-            ffn = self._add(torch.ops.moeify.ffn.default, (x, *args, block.activation, *extra), match)
+            ffn = self._add(
+                torch.ops.moeify.ffn.default,
+                (x, *args, block.activation, *extra),
+                match,
+                None if moved else down.node.meta["val"],
+            )
             y = ffn
             if moved:
                 back = list(range(rank - 1))
@@ -106,10 +111,13 @@ class _Writer:
             if one.op == "get_attr" or _reads_parameters_only(one):
                 self._erase(one)
 
-    def _add(self, target: Callable[..., Any], args: tuple, match: Match) -> fx.Node:
+    def _add(self, target: Callable[..., Any], args: tuple, match: Match, val: Any = None) -> fx.Node:
+        """A new node; its type is ``val`` where that is known, as inferring it costs more than the rest together."""
         node = self.graph.call_function(target, args)
-        with torch.no_grad():
-            node.meta["val"] = target(*fx.map_arg(args, lambda n: n.meta["val"]))
+        if val is None:
+            with torch.no_grad():
+                val = target(*fx.map_arg(args, lambda n: n.meta["val"]))
+        node.meta["val"] = val
         for key in ("nn_module_stack", "stack_trace"):
             if key in match.region.down.core.meta:
                 node.meta[key] = match.region.down.core.meta[key]

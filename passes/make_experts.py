@@ -24,16 +24,17 @@ _aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class MakeExperts(Pass):
-    """Turn every selected block into experts that are all on with equal weights: for exact methods still the same function.
+    """Turn every selected block into experts that are all on with equal weights: for exact methods still the
+    same function.
 
     Before:  y = moe.ffn(x, up, gate, down, ...)
     After:   x_TD = reshape(x, [T, D])
              y_TD = moe.dispatch_ffn(x_TD, all experts, 1 / E, up_EFD, gate_EFD, down_EDF, ...)
              y = reshape(y_TD + moe.ffn(x_TD, shared ...) * sigmoid(gate x_TD) + output_bias, ...)
 
-    A block whose activation has no name, or that drops out its hidden value, becomes moe.permute, moe.grouped_linear, the
-    captured nodes over sorted rows, moe.grouped_linear, moe.unpermute instead. The new parameters are recipes (``pending``); a block
-    that is called several times gets one set.
+    A block whose activation has no name, or that drops out its hidden value, becomes moe.permute,
+    moe.grouped_linear, the captured nodes over sorted rows, moe.grouped_linear, moe.unpermute instead. The new
+    parameters are recipes (``pending``); a block that is called several times gets one set.
     """
 
     name: ClassVar[str] = "make-experts"

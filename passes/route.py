@@ -37,8 +37,9 @@ class Route(Pass):
     After:   logits = linear(x_TD, router.weight); values, order = sort(logits); ...
              y_TD = moe.dispatch_ffn(x_TD, experts_TK, weights_TK, ...)
 
-    The router's parameters are ``{anchor}.router.*``, drawn by the router's own ``reset``; a block that is called several times has
-    one router. Refuses a router that needs token ids where no embedded tensor has the shape of the block's rows.
+    The router's parameters are ``{anchor}.router.*``, drawn by the router's own ``reset``; a block that is
+    called several times has one router. Refuses a router that needs token ids where no embedded tensor has the
+    shape of the block's rows.
     """
 
     name: ClassVar[str] = "route"

@@ -23,9 +23,10 @@ class Select(Pass):
     Before:  program.blocks = [block, ...]
     After:   program.selected = {block.anchor: True or False, ...}
 
-    ``all``; ``every:N``, the Nth, 2Nth, ... block as in models that have a mixture in every Nth layer; ``first:N``; ``last:N``; or
-    comma-separated globs over module paths. A block that find-ffn gave a reason against is no candidate, unless its kind
-    of rows is included. It is an error when a part of the selection selects nothing.
+    ``all``; ``every:N``, the Nth, 2Nth, ... block as in models that have a mixture in every Nth layer;
+    ``first:N``; ``last:N``; or comma-separated globs over module paths. A block that find-ffn gave a reason
+    against is no candidate, unless its kind of rows is included. It is an error when a part of the selection
+    selects nothing.
     """
 
     name: ClassVar[str] = "select"
@@ -36,9 +37,7 @@ class Select(Pass):
             if kind not in _KINDS:
                 raise BadRecipe(f"include names {kind!r}", hint=f"choose among {', '.join(_KINDS)}")
         candidates = [b for b in program.blocks if b.reason is None or b.rows in recipe.include]
-        if not candidates:
-            raise _no_candidates(program)
-        chosen = {id(block) for block in _choose(recipe.blocks, candidates, program.blocks)}
+        chosen = {id(block) for block in _choose(recipe.blocks, candidates, program.blocks)} if candidates else set()
         program.selected = {block.anchor: id(block) in chosen for block in program.blocks}
         for block in program.blocks:
             if id(block) not in chosen:
@@ -75,17 +74,6 @@ def _by_globs(text: str, candidates: list[Block], found: list[Block]) -> list[Bl
                 )
         raise NoBlocks(f"{glob!r} matches no block", hint=_paths(candidates))
     return [block for block in candidates if any(fnmatch.fnmatchcase(block.path, glob) for glob in globs)]
-
-
-def _no_candidates(program: Program) -> NoBlocks:
-    if not program.blocks:
-        nearest = program.near_misses[0] if program.near_misses else None
-        hint = f"the nearest miss is {nearest.path or 'the model'}: {nearest.reason}" if nearest else None
-        return NoBlocks("the model has no feed-forward block", hint=hint)
-    first = program.blocks[0]
-    kinds = [kind for kind in _KINDS if any(block.rows == kind for block in program.blocks)]
-    hint = f"--include {kinds[0]} selects them nevertheless" if kinds else None
-    return NoBlocks(f"no block may be rewritten: {first.reason}", where=first.path, hint=hint)
 
 
 def _paths(blocks: list[Block]) -> str:

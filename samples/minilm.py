@@ -11,7 +11,7 @@ from rich.table import Table
 from transformers import AutoModel, AutoTokenizer
 
 import moeify
-from moeify_cli.main import app
+from moeify.cli.main import main as moeify_command
 
 PAIRS = [
     ("A man is playing a guitar on stage.", "Someone performs music with a guitar."),
@@ -38,7 +38,9 @@ def main() -> None:
     console.print(
         f"[bold]$ moeify convert {folder.parent.name}/{folder.name} --experts 8 --top-k 2 -o {output.name}[/bold]\n"
     )
-    app(["convert", str(folder), "--experts", "8", "--top-k", "2", "-o", str(output)], standalone_mode=False)
+    code = moeify_command(["convert", str(folder), "--experts", "8", "--top-k", "2", "-o", str(output)])
+    if code:
+        raise SystemExit(code)
 
     dense = AutoModel.from_pretrained(folder).eval()
     sparse = moeify.load(output)

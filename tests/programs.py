@@ -63,7 +63,8 @@ class CustomFfn(nn.Module):
 
 
 class Layers(nn.Module):
-    """An embedding, FFN layers, a head. A layer that occurs twice in ``layers`` is called twice with the same weights."""
+    """An embedding, FFN layers, a head. A layer that occurs twice in ``layers`` is called twice with the same
+    weights."""
 
     def __init__(self, layers: list[nn.Module], vocabulary: int = 40) -> None:
         super().__init__()

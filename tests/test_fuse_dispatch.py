@@ -88,7 +88,8 @@ def test_does_not_fuse_parts_of_two_dispatches():
     made = lowered(programs.plain(2))
     first, second = (n for n in made.graph.nodes if str(n.target) == "moeify.unpermute.default")
     second.update_arg(1, first.args[1])
-    assert fuse(made)[-2:] == [
+    assert fuse(made) == [
+        "layers.0, call 0, stays in three steps: the sorted rows are read elsewhere",
         "layers.1, call 0, stays in three steps: rows, counts and order do not come from one moe.permute",
-        "1 dispatches fused",
-    ] or fuse(made)
+        "0 dispatches fused",
+    ]

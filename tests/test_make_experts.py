@@ -47,11 +47,12 @@ def test_graph(golden, name):
     golden(f"make-experts-{name}", program_text(made, "make-experts"))
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize("maker", MAKERS)
+# A norm over the hidden width cannot be cut: test_methods holds the refusal.
+POSSIBLE = [(m, r) for m in MAKERS for r in RECIPES if (m, r.partition("-")[0]) != ("custom-norm", "granular")]
+
+
+@pytest.mark.parametrize(("maker", "recipe"), POSSIBLE)
 def test_exact_methods_keep_the_outputs(maker, recipe):
-    if maker == "custom-norm" and recipe.startswith("granular"):
-        pytest.skip("refused: see test_methods")
     before, after = programs.outputs_before_and_after(MAKERS[maker](**RECIPES[recipe]), make)
     torch.testing.assert_close(after, before)
 

@@ -7,7 +7,7 @@ import torch
 from torch import fx
 
 from moeify.errors import BadRecipe, MoeifyError, NoBlocks
-from moeify.ir.block import Block, NearMiss, WeightRef
+from moeify.ir.block import Block, WeightRef
 from moeify.ir.program import Program
 from moeify.ir.recipe import Recipe
 from moeify.passes.select import Select
@@ -128,15 +128,8 @@ def test_refuses_a_count_that_is_none(blocks):
     )
 
 
-def test_refuses_a_model_without_blocks():
-    made = program([])
-    made.near_misses = [NearMiss("head", "it is read by the output")]
-    assert refusal(NoBlocks, made) == (
-        "the model has no feed-forward block\n  hint: the nearest miss is head: it is read by the output"
-    )
-
-
-def test_refuses_a_model_whose_blocks_all_have_a_reason():
-    assert refusal(NoBlocks, program([block("head", "sample", SAMPLE)])) == (
-        "no block may be rewritten: one row per example\n  at: head\n  hint: --include sample selects them nevertheless"
-    )
+@pytest.mark.parametrize("blocks", [[], [block("head", "sample", SAMPLE)]])
+def test_leaves_a_model_without_candidates_alone(blocks):
+    paths, lines = chosen(program(blocks))
+    assert paths == []
+    assert lines[-1] == f"0 of {len(blocks)} blocks selected by all"

@@ -20,7 +20,7 @@ SOURCES = [p for folder in ("moeify", "passes", "backends") for p in sorted((ROO
 
 
 def test_packages_of_pyproject_are_those_on_disk() -> None:
-    mapped = {"passes": "moeify.passes", "backends": "moeify.backends", "moeify/cli": "moeify_cli"}
+    mapped = {"passes": "moeify.passes", "backends": "moeify.backends"}
     found = set()
     for init in [p for p in SOURCES if p.name == "__init__.py"]:
         folder = init.parent.relative_to(ROOT).as_posix()

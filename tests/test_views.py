@@ -13,7 +13,7 @@ from moeify.ir.layers import layers
 from moeify.ir.views.diff import diff
 from moeify.ir.views.dot import dot, graphml
 from moeify.ir.views.folding import fold
-from moeify.ir.views.graph import folded_graph, layer_graph, node_graph
+from moeify.ir.views.graph import folded_graph, node_graph
 from moeify.ir.views.labels import group_paths, label, ranges
 from tests import programs
 from tests.view_programs import stack
@@ -116,12 +116,6 @@ def test_folded_graph_draws_equal_layers_once() -> None:
     assert graph.nodes["relu"]["fold"] == "layers.0-23"
     assert graph.edges["add", "linear_1"]["again"]
     assert not graph.edges["linear", "linear_1"]["again"]
-
-
-def test_layer_graph_is_the_outline() -> None:
-    graph = layer_graph(stack(3))
-    assert list(graph.edges) == [("embed", "layers.0-2"), ("layers.0-2", "(model)"), ("(model)", "head")]
-    assert graph.nodes["layers.0-2"] == {"count": 3, "nodes": 4}
 
 
 def test_no_difference() -> None:

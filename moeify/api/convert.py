@@ -17,10 +17,12 @@ from moeify.api import reporting
 from moeify.api.progress import Progress, Silent
 from moeify.backends import BACKENDS
 from moeify.errors import NoBlocks, OutputNotWritten, UsageError, VerificationFailed
+from moeify.experts import METHODS
 from moeify.ir.printer import program_text
 from moeify.ir.program import Program
 from moeify.ir.recipe import Recipe
 from moeify.ir.report import Report
+from moeify.nn.routers import ROUTERS
 from moeify.pipeline import PASSES
 from moeify.pipeline.base import Pass
 from moeify.pipeline.default import FIND, REWRITE
@@ -83,6 +85,7 @@ def convert_file(
     started = time.perf_counter()
     progress = progress or Silent()
     dumps = Dumps(show, print_after, print_after_all, Path(dump_dir) if dump_dir else None)
+    check_names(recipe)
     if output is not None:
         _check_output(Path(output))
     program, notes = captured(model, inputs, factory, allow, progress)
@@ -121,8 +124,10 @@ def convert(
         raise UsageError(f"there is no form {form!r}", hint="choose 'module' or 'graph'")
     if recipe is not None and fields:
         raise UsageError("give a recipe or its fields, not both")
+    recipe = recipe if recipe is not None else Recipe(**fields)
+    check_names(recipe)
     program = frontend.capture(model, inputs)
-    program.recipe = recipe if recipe is not None else Recipe(**fields)
+    program.recipe = recipe
     report = rewrite(program, data or program.example, type(model).__name__, Silent(), Dumps())
     if form == "graph":
         from moeify.api.load import trainable
@@ -133,25 +138,31 @@ def convert(
     return result
 
 
-def find(program: Program) -> None:
-    """Run the finding half of the pipeline. Raises NoBlocks with the nearest misses when nothing is to be converted."""
-    run(program, FIND)
-    require_blocks(program)
+def check_names(recipe: Recipe) -> None:
+    """Raises UnknownName or BadOption for a method or router that does not exist, before any work."""
+    for fields in ({"method": recipe.method, "router": recipe.router}, *(fields for _, fields in recipe.overrides)):
+        if "method" in fields:
+            METHODS.parse(fields["method"])
+        if "router" in fields:
+            ROUTERS.parse(fields["router"])
 
 
 def require_blocks(program: Program) -> None:
+    """Raises NoBlocks, naming the nearest misses, when nothing is to be converted."""
     if program.converted():
         return
-    nearest = [f"{b.path}: {b.reason}" for b in program.blocks if b.reason]
-    nearest += [f"{miss.path}: {miss.reason}" for miss in program.near_misses]
+    nearest = [f"{b.path or 'the model'}: {b.reason}" for b in program.blocks if b.reason]
+    nearest += [f"{miss.path or 'the model'}: {miss.reason}" for miss in program.near_misses]
+    kinds = sorted({b.rows for b in program.blocks if b.reason and b.rows != "token"})
+    if kinds:
+        hint = f"--include {kinds[0]} takes the blocks it names nevertheless"
+    else:
+        hint = "moeify looks for linear, activation, linear over the feature axis, with a residual around it"
     if not nearest:
-        raise NoBlocks(
-            "no feed-forward block was found, and nothing that comes near one",
-            hint="moeify looks for linear, activation, linear over the feature axis, with a residual around it",
-        )
+        raise NoBlocks("no feed-forward block was found, and nothing that comes near one", hint=hint)
     shown = "".join(f"\n    {line}" for line in nearest[:5])
     more = f"\n    ... and {len(nearest) - 5} more" if len(nearest) > 5 else ""
-    raise NoBlocks(f"no feed-forward block to convert; nearest misses:{shown}{more}")
+    raise NoBlocks(f"no feed-forward block to convert; nearest misses:{shown}{more}", hint=hint)
 
 
 def rewrite(program: Program, batch: tuple[torch.Tensor, ...], model: str, progress: Progress, dumps: Dumps) -> Report:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moeify.api import reporting
-from moeify.api.convert import captured
+from moeify.api.convert import captured, check_names
 from moeify.api.load import read_graph
 from moeify.api.progress import Silent
 from moeify.backends.pt2.archive import METADATA
@@ -48,6 +48,7 @@ def inspect_file(
     if path.is_file() and holds_metadata(path, METADATA):
         program, metadata = read_graph(path)
         return Inspection(Report.from_dict(metadata["report"]), program, None)
+    check_names(recipe or Recipe())
     program, notes = captured(model, inputs, factory, allow, Silent())
     program.recipe = recipe or Recipe()
     run(program, FIND)

@@ -19,8 +19,8 @@ from moeify.ir.weights import WeightRecipe
 class Copy(Method):
     """Every expert is a copy of the dense FFN.
 
-    A region without a name (an activation with parameters of its own: PReLU, a norm over the hidden width) is not copied: its
-    parameters stay one tensor that all experts read and train together.
+    A region without a name (an activation with parameters of its own: PReLU, a norm over the hidden width) is
+    not copied: its parameters stay one tensor that all experts read and train together.
     """
 
     name: ClassVar[str] = "copy"

@@ -19,9 +19,10 @@ from moeify.ir.weights import WeightRecipe, generator_for
 class Drop(Copy):
     """Copies in each of which a random ``ratio`` of the hidden units is drawn anew.
 
-    An expert's set of units is shared by gate, up and down: their rows of up and gate and columns of down are redrawn from
-    N(mean, std) of the very entries they replace. The units' entries of the up and gate biases are redrawn likewise, from the mean
-    and deviation of those bias entries; the down bias belongs to no unit and is copied.
+    An expert's set of units is shared by gate, up and down: their rows of up and gate and columns of down are
+    redrawn from N(mean, std) of the very entries they replace. The units' entries of the up and gate biases
+    are redrawn likewise, from the mean and deviation of those bias entries; the down bias belongs to no unit
+    and is copied.
     """
 
     name: ClassVar[str] = "drop"

@@ -20,10 +20,11 @@ from moeify.ir.weights import WeightRecipe
 class Granular(Method):
     """The hidden width is cut into shards; expert j*G+s is shard s of copy j.
 
-    ``shards`` is G, 0 means top_k; ``experts`` of the recipe is their total number, E / G copies of each shard. A token's k experts
-    start as k / G whole copies because the router rows of one copy start equal (``router_repeat``). Their gates then sum to 1 / G
-    per shard, so the DOWN projection is multiplied by G, and nothing else: a scale on up or gate, inside the activation, changes
-    the function (7 to 20 % for SwiGLU and GELU). The down bias is added once, outside the experts (``output_bias``).
+    ``shards`` is G, 0 means top_k; ``experts`` of the recipe is their total number, E / G copies of each
+    shard. A token's k experts start as k / G whole copies because the router rows of one copy start equal
+    (``router_repeat``). Their gates then sum to 1 / G per shard, so the DOWN projection is multiplied by G,
+    and nothing else: a scale on up or gate, inside the activation, changes the function (7 to 20 % for SwiGLU
+    and GELU). The down bias is added once, outside the experts (``output_bias``).
     """
 
     name: ClassVar[str] = "granular"
@@ -48,7 +49,7 @@ class Granular(Method):
             # The bias stands outside routed and shared experts alike.
             shared=shared_experts(block, recipe, shares, dtype, with_down_bias=False),
             shared_gate=recipe.shared_gate,
-            output_bias=bias and WeightRecipe(f"{block.anchor}.output_bias", bias.shape, (bias,), Tensor.clone, dtype),
+            output_bias=None if bias is None else _output_bias(block.anchor, bias, dtype),
             router_repeat=shards,
         )
 

@@ -17,7 +17,8 @@ from moeify.ir.weights import WeightRecipe, generator_for
 
 @dataclass(frozen=True)
 class Noise(Copy):
-    """Copies with Gaussian noise of deviation ``std`` on a fraction of the entries of every matrix; biases stay equal."""
+    """Copies with Gaussian noise of deviation ``std`` on a fraction of the entries of every matrix; biases
+    stay equal."""
 
     name: ClassVar[str] = "noise"
     exact: ClassVar[bool] = False

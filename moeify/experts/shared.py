@@ -1,10 +1,10 @@
 """Shared experts: always on, one wide dense FFN, and the shares that keep the function.
 
-Routed experts alone give the dense output y when the gates sum to 1: a token goes through m full-width FFNs (m = top_k, or
-top_k / G for shards) whose gates add up to one y. With S shared copies beside them each of the S + m active FFNs carries the
-same share of y: the routed part m / (S + m), the shared part S / (S + m), that is 1 / (S + m) for each shared copy. The
-shares are folded into the DOWN projections and their biases. A shared part behind a gate sigmoid(w x) with w = 0 is halved at
-the start, so it is doubled here.
+Routed experts alone give the dense output y when the gates sum to 1: a token goes through m full-width FFNs (m
+= top_k, or top_k / G for shards) whose gates add up to one y. With S shared copies beside them each of the S +
+m active FFNs carries the same share of y: the routed part m / (S + m), the shared part S / (S + m), that is 1
+/ (S + m) for each shared copy. The shares are folded into the DOWN projections and their biases. A shared part
+behind a gate sigmoid(w x) with w = 0 is halved at the start, so it is doubled here.
 """
 
 from __future__ import annotations

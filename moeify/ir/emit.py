@@ -20,7 +20,8 @@ _INHERITED = ("nn_module_stack", "stack_trace")
 
 @dataclass
 class Emitter:
-    """Adds nodes before ``before`` for one call of a block. ``like`` is the node of the dense block whose origin they inherit."""
+    """Adds nodes before ``before`` for one call of a block; they inherit the origin of ``like``, a node of the
+    dense block."""
 
     program: Program
     before: fx.Node

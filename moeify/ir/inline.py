@@ -14,12 +14,14 @@ from moeify.ir.emit import Emitter
 
 _aten = torch.ops.aten
 
-# Checks that torch.export leaves beside every cast: they pin what the trace saw, which need not be what the program has.
+# Checks that torch.export leaves beside every cast: they pin what the trace saw, which need not be what the
+# program has.
 _ASSERTS = frozenset({_aten._assert_tensor_metadata.default})
 
 
 def trace(module: nn.Module, args: tuple[Tensor | None, ...], dynamic: Sequence[int]) -> fx.GraphModule:
-    """The ATen graph of a module in eval mode; the first dimension of the arguments in ``dynamic`` may vary, alike."""
+    """The ATen graph of a module in eval mode; the first dimension of the arguments in ``dynamic`` may vary,
+    alike."""
     shapes = tuple({0: torch.export.Dim.DYNAMIC} if i in dynamic else None for i in range(len(args)))
     program = torch.export.export(module.eval(), args, dynamic_shapes=shapes, strict=False)
     return program.module(check_guards=False)
@@ -34,8 +36,8 @@ def inline(
 ) -> Any:
     """Copy the nodes of ``source`` before the emitter's node and return what its output holds, as nodes.
 
-    ``args`` are bound to the placeholders in order (more than there are placeholders is an error, None for one that nobody reads);
-    ``rename`` gives the program's name of each parameter that ``source`` reads.
+    ``args`` are bound to the placeholders in order (more than there are placeholders is an error, None for one
+    that nobody reads); ``rename`` gives the program's name of each parameter that ``source`` reads.
     """
     left = list(args)
     bound: dict[fx.Node, Any] = {}

@@ -135,9 +135,8 @@ class Program:
     def clone(self) -> Program:
         """A Program with its own graph that shares this one's parameters."""
         twin = copy.copy(self)
-        shared = dict(self.graph_module.named_parameters(remove_duplicate=False))
-        shared.update(self.graph_module.named_buffers(remove_duplicate=False))
-        twin.graph_module = copy.deepcopy(self.graph_module, memo={id(t): t for t in shared.values()})
+        shared = [*self.graph_module.parameters(), *self.graph_module.buffers()]
+        twin.graph_module = copy.deepcopy(self.graph_module, memo={id(t): t for t in shared})
         for name in ("blocks", "near_misses", "history"):
             setattr(twin, name, list(getattr(self, name)))
         for name in ("selected", "pending", "provenance"):

@@ -55,11 +55,15 @@ class Modules:
         path, stack = module_path(layer.core), layer.core.meta.get("nn_module_stack") or {}
         if not stack or layer.weight.parameter.rpartition(".")[0] != path:
             return None
+        if len(self.nodes[next(reversed(stack))]) > 16:
+            return None
         others = set(self.nodes[next(reversed(stack))]) - {layer.core, layer.node}
         return path if all(name_of(n) in _KEPT_SHAPE | {"t"} or not is_data(n) for n in others) else None
 
     def _owned(self, key: str, region: Region, block: set[fx.Node]) -> float | None:
         """The rate of trailing dropout when the call of ``key`` does what the block does and nothing else."""
+        if len(self.nodes[key]) > 4 * len(block) + 40:  # it does much else; not looked at, to stay linear
+            return None
         inside = set(self.nodes[key])
         if not block <= inside:
             return None

@@ -218,7 +218,8 @@ def _evaluate(nodes: Sequence[fx.Node], env: dict[fx.Node, Any], constants: dict
         if name == "view":
             return args[0].reshape(args[1])
         with torch.device("cpu"):
-            return node.target(*args, **kwargs)
+            target: Any = node.target
+            return target(*args, **kwargs)
 
     for node in nodes:
         env[node] = step(node)

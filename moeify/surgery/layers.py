@@ -46,7 +46,7 @@ class Owned(Placed):
             raise Refused(
                 f"the converted block is called with {len(given)} arguments instead of one tensor",
                 where=self.anchor,
-                hint="use the graph form for this model: moeify convert",
+                hint="use the graph form: moeify.convert(model, form='graph')",
             )
         return F.dropout(self.mix(tensors[0]), self.output_dropout, self.training)
 

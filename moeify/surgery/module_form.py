@@ -79,5 +79,5 @@ def _embedding(model: nn.Module, graph: fx.Graph, block: Block, nodes: dict[str,
     raise Refused(
         "the router needs token ids, and no nn.Embedding of the model reads them",
         where=block.path,
-        hint="use the graph form for this model: moeify convert",
+        hint="use the graph form: moeify.convert(model, form='graph')",
     )

@@ -44,7 +44,7 @@ def find(model: nn.Module, block: Block) -> Place:
         raise Refused(
             "the model's own code reads the weights of this block: there is no submodule to replace",
             where=block.path or block.anchor,
-            hint="use the graph form for this model: moeify convert",
+            hint="use the graph form: moeify.convert(model, form='graph')",
         )
     first, *middle, down = layers
     weight = first.weight

@@ -93,7 +93,7 @@ def _check_free(owner: nn.Module, name: str, where: str) -> None:
         raise Refused(
             f"the activation's {name!r} has the name of a part of the new layer",
             where=where,
-            hint="use the graph form: moeify convert",
+            hint="use the graph form: moeify.convert(model, form='graph')",
         )
 
 

@@ -38,7 +38,7 @@ class Slot:
             raise Refused(
                 "the down layer of a converted block is called without its up layer",
                 where=where,
-                hint="use the graph form for this model: moeify convert",
+                hint="use the graph form: moeify.convert(model, form='graph')",
             )
         if self.grad_mode != torch.is_grad_enabled():
             # Reentrant checkpointing of one half alone: the parked result would silently carry no gradient.

@@ -55,8 +55,8 @@ class Architecture:
         torch.manual_seed(0)
         return self.build().eval(), self.inputs()
 
-    def program(self) -> Program:
-        """The model captured as the front end does it, without the front end's checks, and canonicalised."""
+    def program(self, canonical: bool = True) -> Program:
+        """The model captured as the front end does it, without the front end's checks."""
         module, inputs = self.make()
         with mode(module, False), tensors_only(module, list(inputs)):
             shapes = [_dynamic(tensor) for tensor in inputs.values()]
@@ -67,7 +67,8 @@ class Architecture:
                 strict=False,
             )
         program = Program(exported.module(check_guards=False), (), tuple(inputs.values()))  # type: ignore[arg-type]
-        Canonicalize().apply(program, Log())
+        if canonical:
+            Canonicalize().apply(program, Log())
         return program
 
     def compare(self, blocks: list[Block]) -> tuple[int, list[str]]:

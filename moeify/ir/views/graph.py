@@ -66,19 +66,6 @@ def folded_graph(program: Program) -> nx.DiGraph:
     return graph
 
 
-def layer_graph(program: Program) -> nx.DiGraph:
-    """The folds as nodes, with ``count`` and ``nodes`` (of one layer), and an edge where a tensor passes."""
-    graph = nx.DiGraph()
-    for part in fold(program):
-        graph.add_node(part.label, count=part.count, nodes=len(part.lines))
-    nodes = folded_graph(program)
-    for source, reader in nodes.edges:
-        start, end = nodes.nodes[source]["fold"], nodes.nodes[reader]["fold"]
-        if start and end and start != end:
-            graph.add_edge(start, end)
-    return graph
-
-
 def _representatives(folds: list[Fold]) -> Iterator[tuple[str, tuple[str, int]]]:
     """Name of a node -> the node drawn in its place, and which member of the fold it stands in."""
     for part in folds:

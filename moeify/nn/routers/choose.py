@@ -9,8 +9,8 @@ from torch import Tensor
 def highest(scores_TE: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     """``(values_TK, experts_TK)`` of the highest scores, best first; among equal scores the lower expert wins.
 
-    torch.topk promises nothing about equal scores, and they are common here: the shards of one granular copy start with equal
-    rows and must be chosen together, and a router whose weights are zero scores every expert alike.
+    torch.topk promises nothing about equal scores, and they are common here: the shards of one granular copy
+    start with equal rows and must be chosen together, and a router whose weights are zero scores every expert alike.
     """
     values, order = torch.sort(scores_TE, dim=-1, descending=True, stable=True)
     # values[:, :top_k] would trace to two slices each.

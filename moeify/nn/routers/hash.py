@@ -40,9 +40,9 @@ class Hash(RouterSpec):
 class HashRouter(Router):
     """``S = table[token id]``, k different experts, ``g = 1 / k``. The table is the buffer ``table`` [V, K].
 
-    ``random`` draws the experts of every id independently; ``balanced`` gives every expert the same number of ids, to within
-    one, in each of the k columns. Ids are balanced, not occurrences: no frequencies are known here. Shards of one granular copy
-    are chosen together. Roller et al., arXiv 2106.04426.
+    ``random`` draws the experts of every id independently; ``balanced`` gives every expert the same number of
+    ids, to within one, in each of the k columns. Ids are balanced, not occurrences: no frequencies are known
+    here. Shards of one granular copy are chosen together. Roller et al., arXiv 2106.04426.
     """
 
     table: Tensor

@@ -32,12 +32,14 @@ class NoisyTopK(RouterSpec):
 
 
 class NoisyTopKRouter(Router):
-    """``H = W_g x + eps * softplus(W_n x)``, eps ~ N(0, 1) in training and 0 otherwise; ``g = softmax(KeepTopK(H, k))``.
+    """``H = W_g x + eps * softplus(W_n x)``, eps ~ N(0, 1) in training and 0 otherwise; ``g =
+    softmax(KeepTopK(H, k))``.
 
-    W_g is ``weight`` [E, D], W_n is ``noise_weight`` [E, D]. Both start at zero, as in the paper (Shazeer et al., arXiv 1701.06538,
-    appendix A): in training the noise, of deviation log 2 at the start, chooses evenly at random; in evaluation all scores are
-    equal until W_g has learned, and the first k experts are chosen. So the shards of a granular copy are chosen together in
-    evaluation; the noise of training parts them, because it is drawn for each expert. ``init-std`` draws W_g instead.
+    W_g is ``weight`` [E, D], W_n is ``noise_weight`` [E, D]. Both start at zero, as in the paper (Shazeer et
+    al., arXiv 1701.06538, appendix A): in training the noise, of deviation log 2 at the start, chooses evenly
+    at random; in evaluation all scores are equal until W_g has learned, and the first k experts are chosen. So
+    the shards of a granular copy are chosen together in evaluation; the noise of training parts them, because
+    it is drawn for each expert. ``init-std`` draws W_g instead.
     """
 
     def __init__(self, spec: NoisyTopK, d_model: int, num_experts: int, top_k: int, dtype: torch.dtype) -> None:

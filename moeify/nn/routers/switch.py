@@ -44,11 +44,12 @@ class Switch(RouterSpec):
 
 
 class SwitchRouter(Router):
-    """``p = softmax(W (x * jitter))`` in float32 or better; ``S = argmax p``; ``g = p_S``, not renormalised. W is ``weight`` [E, D].
+    """``p = softmax(W (x * jitter))`` in float32 or better; ``S = argmax p``; ``g = p_S``, not renormalised. W
+    is ``weight`` [E, D].
 
-    Jitter is U(1 - e, 1 + e) in training, 1 otherwise. Of the tokens that choose one expert the first ceil(T / E * capacity_factor)
-    keep their weight and the others get 0, so that the residual carries them; in training and evaluation alike.
-    Fedus, Zoph, Shazeer, arXiv 2101.03961.
+    Jitter is U(1 - e, 1 + e) in training, 1 otherwise. Of the tokens that choose one expert the first ceil(T /
+    E * capacity_factor) keep their weight and the others get 0, so that the residual carries them; in training
+    and evaluation alike. Fedus, Zoph, Shazeer, arXiv 2101.03961.
     """
 
     def __init__(self, spec: Switch, d_model: int, num_experts: int, dtype: torch.dtype) -> None:
@@ -82,8 +83,9 @@ class SwitchRouter(Router):
     def _rank(self, experts_T: Tensor) -> Tensor:
         """How many earlier tokens chose the same expert.
 
-        A stable sort by expert puts the tokens of one expert side by side in their order, so a token's rank is its place minus
-        the place where its expert begins. The usual cumulative sum over an [T, E] mask costs E times the memory.
+        A stable sort by expert puts the tokens of one expert side by side in their order, so a token's rank is
+        its place minus the place where its expert begins. The usual cumulative sum over an [T, E] mask costs E
+        times the memory.
         """
         sorted_T, order_T = torch.sort(experts_T, stable=True)
         begin_T = torch.searchsorted(sorted_T, sorted_T)
