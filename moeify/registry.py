@@ -1,8 +1,8 @@
 """Named things (passes, methods, routers, backends) and the text that names them with their options.
 
 A named thing is a frozen dataclass with a class attribute ``name``; its options are its fields and its text is
-``name{option=value,other-option=value}``, which ``parse`` reads back. A registry is a table of strings, so that importing it
-imports none of the things it names.
+``name{option=value,other-option=value}``, which ``parse`` reads back. A registry is a table of strings, so that
+importing it imports none of the things it names.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 
 import torch
@@ -32,13 +33,15 @@ def embed(model: torch.nn.Module, tokens: dict[str, torch.Tensor]) -> torch.Tens
 
 
 def main() -> None:
-    folder, output = minilm(), OUT / "minilm-moe.pt2"
     OUT.mkdir(exist_ok=True)
+    folder, output = OUT / "all-MiniLM-L6-v2", OUT / "minilm-moe.pt2"
+    if not folder.exists():
+        folder.symlink_to(minilm())
     console = Console()
-    console.print(
-        f"[bold]$ moeify convert {folder.parent.name}/{folder.name} --experts 8 --top-k 2 -o {output.name}[/bold]\n"
-    )
-    code = moeify_command(["convert", str(folder), "--experts", "8", "--top-k", "2", "-o", str(output)])
+    shown = [os.path.relpath(path) for path in (folder, output)]
+    arguments = ["convert", shown[0], "--experts", "8", "--top-k", "2", "-o", shown[1]]
+    console.print(f"$ moeify {' '.join(arguments)}\n", style="bold", soft_wrap=True)
+    code = moeify_command(arguments)
     if code:
         raise SystemExit(code)
 
@@ -47,21 +50,20 @@ def main() -> None:
     sentences = [sentence for pair in PAIRS for sentence in pair]
     tokens = AutoTokenizer.from_pretrained(folder)(sentences, padding=True, return_tensors="pt")
     before, after = embed(dense, tokens), embed(sparse, tokens)
-    table = Table(title="cosine similarity of sentence pairs", title_justify="left")
-    for column in ("first", "second"):
-        table.add_column(column)
-    for column in ("dense", "MoE", "difference"):
+    table = Table(title="cosine similarity of sentence pairs", title_justify="left", box=None, show_edge=False)
+    for column in ("dense", "MoE", "moved by"):
         table.add_column(column, justify="right")
+    table.add_column("sentences")
     worst = 0.0
     for i, (first, second) in enumerate(PAIRS):
         old, new = (float(e[2 * i] @ e[2 * i + 1]) for e in (before, after))
         worst = max(worst, abs(old - new))
-        table.add_row(first, second, f"{old:.4f}", f"{new:.4f}", f"{abs(old - new):.0e}")
+        table.add_row(f"{old:.4f}", f"{new:.4f}", f"{abs(old - new):.0e}", f"{first}\n{second}")
     console.print()
     console.print(table)
     if worst > 1e-5:
         raise SystemExit(f"similarities moved by {worst:.1e}")
-    console.print(f"similarities unchanged: the largest difference is {worst:.0e}")
+    console.print(f"\nsimilarities unchanged: the largest difference is {worst:.0e}")
 
 
 if __name__ == "__main__":

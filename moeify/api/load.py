@@ -65,5 +65,5 @@ def trainable(program: Program, report: Report) -> nn.Module:
 def _trainable(program: Program, metadata: dict[str, Any]) -> nn.Module:
     module = TrainableGraph(program.graph_module, program.graph)
     module.attention_dropout = tuple(metadata["attention_dropout"])
-    module.moeify_report = Report.from_dict(metadata["report"])
+    module.moeify_report = Report.from_dict(metadata["report"])  # type: ignore[assignment]
     return module.eval()

@@ -1,1 +1,0 @@
-from moeify.ir.report import BlockReport, Report  # noqa: F401  (moved)
