@@ -415,3 +415,10 @@ def test_eager_attention_is_the_fallback():
     assert seen == ["sdpa", "eager"]
     assert model.config._attn_implementation == "sdpa"
     assert notes == ["captured with eager attention: sdpa does not export (no sdpa here)"]
+
+
+def test_an_example_that_is_a_view_brings_nothing_of_its_base() -> None:
+    ids = torch.randint(0, 10, (4, 9))
+    program = capture(nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 4)), (ids[:, :-1],))
+    assert program.inputs[0].shape == ("batch", "seq")
+    assert program.run(ids).shape == (4, 9, 4)

@@ -59,7 +59,9 @@ def capture(module: nn.Module, inputs: Inputs = None, *, fixed: bool = False) ->
     if ready is not None and inputs is None and (examples := exported_examples(ready)):
         return _from_archive(ready, examples, fixed)
     notes: list[str] = []
-    examples = _double_single_rows(module, resolve(module, inputs, notes), inputs, notes)
+    # A view would bring the sizes of its base into the guards of the capture.
+    owned = [Example(e.name, e.tensor.detach().clone(), e.dims) for e in resolve(module, inputs, notes)]
+    examples = _double_single_rows(module, owned, inputs, notes)
     if fixed:
         examples = [Example(e.name, e.tensor, tuple(e.tensor.shape)) for e in examples]
     exported = with_attention_fallback(module, lambda: _export(module, examples), notes)
