@@ -1,8 +1,8 @@
 """convert's peak memory over dense + MoE bytes. Bar: 1.15 for all-MiniLM-L6-v2 and for SmolLM2 (4 experts, every
 second block).
 
-Each model is converted by convert_file in a fresh process, from a file on disk to a .pt2 on disk. The peak is the
-growth of the resident set over what the process held once torch, transformers and moeify were imported.
+Each model is converted by convert_file in a fresh process, from a folder on disk to a .pt2 on disk. The peak is the
+growth of the resident set over what the process held after converting a tiny model of the same class.
 """
 
 from __future__ import annotations
@@ -27,11 +27,7 @@ def resident() -> int:
 
 
 def child(name: str, folder: str) -> None:
-    import transformers  # noqa: F401
-    from transformers import AutoModel, AutoModelForCausalLM  # noqa: F401
-
     from moeify import Recipe, convert_file
-    from moeify.frontend import capture  # noqa: F401
 
     warm_up(Path(folder))
     before = resident()
@@ -44,14 +40,18 @@ def child(name: str, folder: str) -> None:
 
 
 def warm_up(folder: Path) -> None:
-    """One conversion of a tiny model: what torch.export imports is not the conversion's memory."""
-    import torch
+    """Convert a tiny model of the same class: the code that transformers and torch.export import for it is not the
+    conversion's memory.
+    """
+    import transformers
 
     from moeify import Recipe, convert_file
 
-    layer = torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
-    torch.save(torch.nn.TransformerEncoder(layer, 1, enable_nested_tensor=False), folder / "tiny.pt")
-    convert_file(folder / "tiny.pt", folder / "tiny.pt2", Recipe(experts=2, top_k=1), inputs=["float32[b=2,s=4,16]"])
+    config = transformers.AutoConfig.from_pretrained(folder / "model")
+    config.update({"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 64, "vocab_size": 64})
+    config.update({"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16, "pad_token_id": 0})
+    getattr(transformers, config.architectures[0])(config).save_pretrained(folder / "tiny")
+    convert_file(folder / "tiny", folder / "tiny.pt2", Recipe(experts=2, top_k=1))
 
 
 def prepare(name: str, folder: Path) -> None:
@@ -59,6 +59,7 @@ def prepare(name: str, folder: Path) -> None:
     sys.path.insert(0, str(ROOT / "samples"))
     import pretrained
     import torch
+    from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM
 
     if name == "minilm":
@@ -66,7 +67,15 @@ def prepare(name: str, folder: Path) -> None:
         return
     path = pretrained.smollm2()
     model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
-    model.save_pretrained(folder / "model")
+    # A model read from GGUF calls itself quantised and refuses save_pretrained.
+    (folder / "model").mkdir()
+    config = model.config.to_dict()
+    config.pop("quantization_config", None)
+    config["architectures"] = [type(model).__name__]
+    (folder / "model" / "config.json").write_text(json.dumps(config))
+    tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
+    weights = {name: value.contiguous() for name, value in model.state_dict().items() if name not in tied}
+    save_file(weights, folder / "model" / "model.safetensors", metadata={"format": "pt"})
 
 
 def main() -> None:

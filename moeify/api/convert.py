@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -217,7 +218,10 @@ def captured(
     progress.stage("capturing the graph")
     program = frontend.capture(loaded.module, inputs or None)
     program.provenance.update(source=str(loaded.path), kind=loaded.kind, sha256=loaded.sha256)
-    return program, list(loaded.notes)
+    notes = list(loaded.notes)
+    del loaded
+    gc.collect()  # torch.export leaves cycles that hold the module, and with it weights that materialise would free
+    return program, notes
 
 
 def _check_output(path: Path) -> None:
