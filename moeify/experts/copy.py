@@ -49,13 +49,26 @@ class Copy(Method):
         seed: int,
         dtype: torch.dtype,
     ) -> WeightRecipe:
-        """How the stacked weight of one role is made. Methods that start from copies change this and nothing else."""
+        """How the stacked weight of one role is made."""
         scale = shares.routed if role in ("down", "down_bias") else 1.0
 
         def compute(weight: Tensor) -> Tensor:
-            return stack(weight, num_experts, scale)
+            experts = stack(weight, num_experts, scale)
+            self.alter(experts, block, role, scale, seed)
+            return experts
 
-        return WeightRecipe(f"{block.anchor}.experts.{role}", (num_experts, *ref.shape), (ref,), compute, dtype)
+        return WeightRecipe(expert_name(block, role), (num_experts, *ref.shape), (ref,), compute, dtype)
+
+    def alter(self, experts: Tensor, block: Block, role: str, scale: float, seed: int) -> None:
+        """Change the copies [E, ...] of one role, ``scale`` times the dense weight each, in place.
+
+        Methods that start from copies override this and nothing else.
+        """
+
+
+def expert_name(block: Block, role: str) -> str:
+    """The stacked weight's name in both forms of the result."""
+    return f"{block.anchor}.experts.{role}"
 
 
 def stack(weight: Tensor, num_experts: int, scale: float = 1.0) -> Tensor:

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from moeify.errors import BadOption
-from moeify.experts.copy import Copy, stack
-from moeify.experts.shared import Shares
-from moeify.ir.block import Block, WeightRef
-from moeify.ir.weights import WeightRecipe, generator_for
+from moeify.experts.copy import Copy, expert_name
+from moeify.ir.block import Block
+from moeify.ir.weights import generator_for
 
 
 @dataclass(frozen=True)
@@ -34,33 +33,16 @@ class Drop(Copy):
         if not 0 <= self.ratio <= 1:
             raise BadOption(f"drop.ratio is {self.ratio}: it must be between 0 and 1")
 
-    def recipe(
-        self,
-        block: Block,
-        role: str,
-        ref: WeightRef,
-        num_experts: int,
-        shares: Shares,
-        seed: int,
-        dtype: torch.dtype,
-    ) -> WeightRecipe:
-        name = f"{block.anchor}.experts.{role}"
-        scale = shares.routed if role in ("down", "down_bias") else 1.0
-        d_ff, dropped = block.d_ff, round(self.ratio * block.d_ff)
-
-        def compute(weight: Tensor) -> Tensor:
-            experts = stack(weight, num_experts, scale)
-            if role == "down_bias" or not dropped:
-                return experts
-            # One name for all roles of the block: whichever is computed first, they agree on the units.
-            units = generator_for(seed, f"{block.anchor}.experts.dropped_units")
-            values = generator_for(seed, name)
-            for expert in experts:
-                unit_major = expert.t() if role == "down" else expert
-                chosen = torch.randperm(d_ff, generator=units)[:dropped].to(expert.device)
-                old = unit_major[chosen].float()
-                fresh = torch.randn(old.shape, generator=values).to(old.device)
-                unit_major[chosen] = (fresh * old.std(correction=0) + old.mean()).to(expert.dtype)
-            return experts
-
-        return WeightRecipe(name, (num_experts, *ref.shape), (ref,), compute, dtype)
+    def alter(self, experts: Tensor, block: Block, role: str, scale: float, seed: int) -> None:
+        dropped = round(self.ratio * block.d_ff)
+        if role == "down_bias" or not dropped:
+            return
+        # One name for all roles of the block: whichever is computed first, they agree on the units.
+        units = generator_for(seed, f"{block.anchor}.experts.dropped_units")
+        values = generator_for(seed, expert_name(block, role))
+        for expert in experts:
+            unit_major = expert.t() if role == "down" else expert
+            chosen = torch.randperm(block.d_ff, generator=units)[:dropped].to(expert.device)
+            old = unit_major[chosen].float()
+            fresh = torch.randn(old.shape, generator=values).to(old.device)
+            unit_major[chosen] = (fresh * old.std(correction=0) + old.mean()).to(expert.dtype)

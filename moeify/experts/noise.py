@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from moeify.errors import BadOption
-from moeify.experts.copy import Copy, stack
-from moeify.experts.shared import Shares
-from moeify.ir.block import Block, WeightRef
-from moeify.ir.weights import WeightRecipe, generator_for
+from moeify.experts.copy import Copy, expert_name
+from moeify.ir.block import Block
+from moeify.ir.weights import generator_for
 
 
 @dataclass(frozen=True)
@@ -32,29 +31,12 @@ class Noise(Copy):
         if not 0 <= self.fraction <= 1:
             raise BadOption(f"noise.fraction is {self.fraction}: it must be between 0 and 1")
 
-    def recipe(
-        self,
-        block: Block,
-        role: str,
-        ref: WeightRef,
-        num_experts: int,
-        shares: Shares,
-        seed: int,
-        dtype: torch.dtype,
-    ) -> WeightRecipe:
-        name = f"{block.anchor}.experts.{role}"
-        # The noise belongs to the weight, so the share of the routed part scales it too.
-        scale = shares.routed if role in ("down", "down_bias") else 1.0
-
-        def compute(weight: Tensor) -> Tensor:
-            experts = stack(weight, num_experts, scale)
-            if role.endswith("bias"):
-                return experts
-            generator = generator_for(seed, name)
-            for expert in experts:  # one at a time: the noise never costs more memory than one expert
-                noise = torch.randn(ref.shape, generator=generator).mul_(self.std * scale)
-                noise.mul_(torch.rand(ref.shape, generator=generator) < self.fraction)
-                expert.add_(noise.to(expert))
-            return experts
-
-        return WeightRecipe(name, (num_experts, *ref.shape), (ref,), compute, dtype)
+    def alter(self, experts: Tensor, block: Block, role: str, scale: float, seed: int) -> None:
+        if role.endswith("bias"):
+            return
+        generator = generator_for(seed, expert_name(block, role))
+        for expert in experts:  # one at a time: the noise never costs more memory than one expert
+            # The noise belongs to the weight, so the share of the routed part scales it too.
+            noise = torch.randn(expert.shape, generator=generator).mul_(self.std * scale)
+            noise.mul_(torch.rand(expert.shape, generator=generator) < self.fraction)
+            expert.add_(noise.to(expert))
