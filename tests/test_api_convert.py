@@ -77,6 +77,15 @@ def test_loaded_graph_equals_the_dense_model_at_other_sizes(dense: Path, convert
             torch.testing.assert_close(loaded(x), model(x))
 
 
+def test_shared_experts_of_one_block_are_reported_and_exact(dense: Path) -> None:
+    recipe = Recipe(experts=4, overrides=(("layers.1", {"shared": 2, "shared_gate": True}),))
+    report = convert_file(dense, None, recipe, inputs=SPEC)
+    assert [block.shared for block in report.blocks] == [0, 2]
+    assert report.max_relative_error < 1e-5
+    first, second = (block.parameters_after for block in report.blocks)
+    assert second - first == 2 * (2 * 16 * 32 + 32) + 16 + 16  # two wide copies, one down bias, one gate row
+
+
 def test_loaded_graph_trains(converted: Path) -> None:
     model = moeify.load(converted)
     names = set(model.state_dict())

@@ -72,7 +72,7 @@ def _block(program: Program, block: Block) -> BlockReport:
         recipe = program.recipe.for_block(block.path)
         method, router = METHODS.parse(recipe.method), ROUTERS.parse(recipe.router)
         entry.method, entry.router = str(method), str(router)
-        entry.experts, entry.top_k = recipe.experts, recipe.top_k
+        entry.experts, entry.top_k, entry.shared = recipe.experts, recipe.top_k, recipe.shared
         entry.exact = method.exact and router.gates_sum_to_one
     return entry
 

@@ -73,8 +73,7 @@ def facts(screen: Screen, report: Report, *, hint: str | None) -> None:
         screen.paragraph("inputs", "; ".join(report.inputs), column=COLUMN)
     made = sorted({_made_by(block) for block in report.blocks if block.converted})
     if len(made) == 1:
-        shared = f", {report.recipe['shared']} shared" if report.recipe.get("shared") else ""
-        screen.paragraph("made by", f"{made[0]}{shared}, seed {report.recipe.get('seed', 0)}", column=COLUMN)
+        screen.paragraph("made by", f"{made[0]}, seed {report.recipe.get('seed', 0)}", column=COLUMN)
     if any(block.converted for block in report.blocks):
         screen.paragraph(
             "parameters", change(report.parameters_before, report.parameters_after) + " in all", column=COLUMN
@@ -183,4 +182,4 @@ def _experts(block: BlockReport) -> str:
 
 
 def _made_by(block: BlockReport) -> str:
-    return f"{block.method}, {block.router}"
+    return f"{block.method}, {block.router}" + (f", {block.shared} shared" if block.shared else "")

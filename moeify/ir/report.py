@@ -26,6 +26,7 @@ class BlockReport:
     router: str | None = None
     experts: int | None = None
     top_k: int | None = None
+    shared: int = 0  # experts that are always on, beside those
     d_expert: int | None = None
     parameters_before: int = 0
     parameters_after: int = 0
