@@ -127,6 +127,17 @@ def user_module(tmp_path, monkeypatch):
         sys.modules.pop(name, None)
 
 
+def test_an_allowed_module_may_lie_in_the_current_folder(user_module, tmp_path, monkeypatch):
+    import importlib
+
+    path = save(importlib.import_module(user_module).Net(), tmp_path / "model.pt")
+    for name in ("owned.net", "owned"):
+        sys.modules.pop(name)
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if p not in ("", str(tmp_path / "site"))])
+    monkeypatch.chdir(tmp_path / "site")
+    assert type(load(path, allow=["owned.net"]).module).__name__ == "Net"
+
+
 def test_the_users_own_class_needs_allow(user_module, tmp_path):
     import importlib
 

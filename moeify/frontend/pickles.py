@@ -21,6 +21,7 @@ from torch import nn
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from moeify.errors import UnreadableFile, UnsafePickle
+from moeify.frontend.importing import user_module
 from moeify.frontend.sniff import PICKLE
 
 _FUNCTIONS = (
@@ -128,7 +129,7 @@ def _permitted(name: str, allow: Sequence[str], path: Path) -> Any:
     if not any(_inside(name, [prefix]) for prefix in allow):
         raise _unsafe(name, path)
     try:
-        thing = getattr(importlib.import_module(module_path), attribute)
+        thing = getattr(user_module(module_path), attribute)
     except Exception as error:  # the user's own module may fail in any way
         raise UnsafePickle(
             f"{path} holds {name}, which is allowed and cannot be imported: {type(error).__name__}: {error}",

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import os
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from moeify.errors import StateDictMismatch, UnreadableFile, UsageError
+from moeify.frontend.importing import user_module
 
 _SHOWN = 5
 _WRAPPERS = ("state_dict", "model_state_dict", "model")  # keys under which training scripts keep it
@@ -68,10 +66,8 @@ def make(factory: str) -> nn.Module:
     module_path, colon, name = factory.partition(":")
     if not colon or not module_path or not name:
         raise UsageError(f"cannot read the factory {factory!r}", hint="write pkg.mod:function")
-    if os.getcwd() not in sys.path and "" not in sys.path:
-        sys.path.append(os.getcwd())  # as python -m does; the user names the module
     try:
-        function: Any = importlib.import_module(module_path)
+        function: Any = user_module(module_path)
         for part in name.split("."):
             function = getattr(function, part)
     except Exception as error:  # the user's module may fail in any way
