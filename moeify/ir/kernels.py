@@ -15,7 +15,7 @@ from moeify.ir.activations import Activation
 
 # An expert has few rows for its weight. With these types on the CPU ``weight @ rows.T`` beats ``rows @ weight.T`` (by a
 # quarter at 128 rows): the GEMM repacks its right operand, and that is then the small one. For bfloat16 the same order
-# is ten times slower.
+# is several times slower.
 _WEIGHT_FIRST = (torch.float32, torch.float64)
 
 # The rows are then the columns of the product, and a GEMM whose columns do not fill its register tile loses a tenth.
