@@ -27,7 +27,7 @@ def atomically(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch's zip writer reports a failed write as RuntimeError
         raise OutputNotWritten(
-            f"cannot write {path}: {_reason(error)}",
+            f"cannot write {path}: {reason(error)}",
             hint="nothing was changed; free space or choose another --output",
         ) from error
     finally:
@@ -35,7 +35,8 @@ def atomically(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
-def _reason(error: OSError | RuntimeError) -> str:
+def reason(error: OSError | RuntimeError) -> str:
+    """What the operating system said, in a few words."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror.lower()
     return str(error).splitlines()[0] if str(error) else type(error).__name__

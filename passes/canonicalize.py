@@ -124,8 +124,9 @@ class _Storage:
         self.members: dict[fx.Node, list[fx.Node]] = {}
         for node in graph.nodes:
             shared = list(_operands(node, write=False))
-            if _name(node) in _MAYBE_ALIAS:
-                shared += [n for n in node.args[:1] if isinstance(n, fx.Node)]
+            transposes = _name(node) == "einsum" and len(node.all_input_nodes) == 1
+            if transposes or _name(node) in _MAYBE_ALIAS:
+                shared += node.all_input_nodes[:1]
             root = self.root[shared[0]] if shared and node.op != "output" else node
             self.root[node] = root
             self.members.setdefault(root, []).append(node)

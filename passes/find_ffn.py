@@ -11,7 +11,7 @@ from torch import fx
 
 import moeify.ir.ops  # noqa: F401  (defines torch.ops.moeify)
 from moeify.ir import metadata
-from moeify.ir.block import Block, CallSite, WeightRef
+from moeify.ir.block import Block, CallSite, NearMiss, WeightRef
 from moeify.ir.program import Program
 from moeify.match import Match, find
 from moeify.pipeline.base import Log, Pass
@@ -27,25 +27,38 @@ class FindFfn(Pass):
     After:   y = moe.ffn(x, w, None, v, b, None, c, "gelu", 0.1)
 
     The others keep their nodes, and the block keeps what stands between its linear layers as a function of rows. Either
-    way the output node of each call is tagged. Near misses are logged with the reason.
+    way the output node of each call is tagged. Near misses are logged with the reason; a block that changes its
+    floating-point type between its layers is one of them.
     """
 
     name: ClassVar[str] = "find-ffn"
 
     def apply(self, program: Program, log: Log) -> None:
         found = find(program.graph_module)
-        program.blocks, program.near_misses = found.blocks, found.near_misses
-        blocks = {block.anchor: block for block in found.blocks}
+        mixed = {block.anchor: miss for block in found.blocks if (miss := _mixed_types(program, block))}
+        program.blocks = [block for block in found.blocks if block.anchor not in mixed]
+        program.near_misses = [*found.near_misses, *mixed.values()]
+        blocks = {block.anchor: block for block in program.blocks}
         writer = _Writer(program.graph_module)
         for match in found.matches:
-            writer.write(blocks[match.anchor], match)
+            if match.anchor in blocks:
+                writer.write(blocks[match.anchor], match)
         writer.finish()
-        for block in found.blocks:
+        for block in program.blocks:
             calls = f", {len(block.calls)} calls" if len(block.calls) > 1 else ""
             gated = " gated" if block.gated else ""
             log(f"{block.path or '(root)'}: {block.d_model} -> {block.d_ff}{gated} {block.activation}{calls}")
-        for miss in found.near_misses:
+        for miss in program.near_misses:
             log(f"not a block: {miss.path or '(root)'}: {miss.reason}")
+
+
+def _mixed_types(program: Program, block: Block) -> NearMiss | None:
+    """Why a block is none when its weights differ in type: one moe.ffn, and one stack of experts, has one type."""
+    dtypes = {program.parameter(ref.parameter).dtype for ref in block.weights.values()}
+    if len(dtypes) == 1:
+        return None
+    names = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+    return NearMiss(block.path, f"its weights are of more than one type, {names}", block.source)
 
 
 class _Writer:

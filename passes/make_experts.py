@@ -34,7 +34,8 @@ class MakeExperts(Pass):
 
     A block whose activation has no name, or that drops out its hidden value, becomes moe.permute,
     moe.grouped_linear, the captured nodes over sorted rows, moe.grouped_linear, moe.unpermute instead. The new
-    parameters are recipes (``pending``); a block that is called several times gets one set.
+    parameters are recipes (``pending``), frozen where the block is; a block that is called several times gets one
+    set.
     """
 
     name: ClassVar[str] = "make-experts"
@@ -42,13 +43,12 @@ class MakeExperts(Pass):
     def apply(self, program: Program, log: Log) -> None:
         by_name = {node.name: node for node in program.graph.nodes}
         output = outputs(program.graph)
-        made: dict[
-            fx.Node, fx.Node
-        ] = {}  # dense output -> what stands in its place, perhaps the input of a later block
+        made: dict[fx.Node, fx.Node] = {}  # dense output -> what stands in its place, perhaps a later block's input
         for block in program.converted():
             plan = plan_block(program, block)
+            trained = program.parameter(block.up.parameter).requires_grad
             for recipe in _recipes(block, plan):
-                program.add_recipe(recipe)
+                program.add_recipe(recipe, trained)
             for call, site in enumerate(block.calls):
                 dense = output[block.anchor, call]
                 if dense.target == torch.ops.moeify.ffn.default:

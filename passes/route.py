@@ -68,7 +68,7 @@ class Route(Pass):
                 node.update_arg(2, weights[mark.block, mark.call])
             if (mark.block, mark.call) in weights:
                 # From here on the rows of the call are T * K, no longer T * E.
-                node.meta["val"] = fake_result(node, mode)
+                node.meta["val"] = fake_result(program, node, mode)
         for node in replaced:
             _erase_unread(node)
         program.graph_module.recompile()
@@ -118,8 +118,9 @@ class _Routing:
             raise
         # A capture on the meta device has no device of its own yet.
         device = val.device if val.device.type != "meta" else torch.device("cpu")
+        trained = program.parameter(plan.weights["up"].name).requires_grad
         for name, value in router.named_parameters():
-            program.set_parameter(f"{block.anchor}.router.{name}", value.detach().to(device))
+            program.set_parameter(f"{block.anchor}.router.{name}", value.detach().to(device), trained)
         for name, table in router.named_buffers():
             program.set_buffer(f"{block.anchor}.router.{name}", table.to(device))
         log(f"{block.path}: {self.spec} over {plan.num_experts} experts, {recipe.top_k} per token")

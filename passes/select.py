@@ -26,7 +26,7 @@ class Select(Pass):
     ``all``; ``every:N``, the Nth, 2Nth, ... block as in models that have a mixture in every Nth layer;
     ``first:N``; ``last:N``; or comma-separated globs over module paths. A block that find-ffn gave a reason
     against is no candidate, unless its kind of rows is included. It is an error when a part of the selection
-    selects nothing.
+    selects nothing, or an override is for no block.
     """
 
     name: ClassVar[str] = "select"
@@ -36,6 +36,9 @@ class Select(Pass):
         for kind in recipe.include:
             if kind not in _KINDS:
                 raise BadRecipe(f"include names {kind!r}", hint=f"choose among {', '.join(_KINDS)}")
+        for glob, _ in recipe.overrides:
+            if program.blocks and not any(fnmatch.fnmatchcase(block.path, glob) for block in program.blocks):
+                raise NoBlocks(f"the override {glob!r} matches no block", hint=_paths(program.blocks))
         candidates = [b for b in program.blocks if b.reason is None or b.rows in recipe.include]
         chosen = {id(block) for block in _choose(recipe.blocks, candidates, program.blocks)} if candidates else set()
         program.selected = {block.anchor: id(block) in chosen for block in program.blocks}

@@ -36,6 +36,7 @@ def main() -> None:
     OUT.mkdir(exist_ok=True)
     folder, output = OUT / "all-MiniLM-L6-v2", OUT / "minilm-moe.pt2"
     if not folder.exists():
+        folder.unlink(missing_ok=True)  # a link into an environment that is gone
         folder.symlink_to(minilm())
     console = Console()
     shown = [os.path.relpath(path) for path in (folder, output)]

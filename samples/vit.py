@@ -1,7 +1,7 @@
 """A Vision Transformer (random weights, ViT-S/16 shape at 6 layers): granular experts in the last four layers, one
 always-on expert.
 
-Shows the Python API on images, per-block overrides, and one training step of the result.
+Shows the Python API on images, per-block overrides, and a few training steps of the result.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import signal
 import subprocess
 import sys
 import zipfile
@@ -16,6 +17,7 @@ from torch import nn
 import moeify
 from moeify import Recipe
 from moeify.api import convert_file, inspect_file, verify_files
+from moeify.api.verify import compare
 from moeify.errors import (
     BadInputSpec,
     BadRecipe,
@@ -23,6 +25,7 @@ from moeify.errors import (
     NotDivisible,
     OutputNotWritten,
     UnknownName,
+    UnreadableFile,
     UsageError,
     VerificationFailed,
 )
@@ -136,6 +139,7 @@ def test_inspect_before_and_after(dense: Path, converted: Path) -> None:
     assert after.dense is None
     assert after.report.verified
     assert [b.path for b in after.report.blocks] == [b.path for b in before.report.blocks]
+    assert after.report.parameters_after == before.report.parameters_after
 
 
 def test_graph_and_module_form_are_the_same_model() -> None:
@@ -205,8 +209,8 @@ def test_a_failed_write_leaves_what_was_there(dense: Path, tmp_path: Path, monke
     output = tmp_path / "o.pt2"
     output.write_bytes(b"precious")
 
-    def half(program, path, **kwargs) -> None:
-        Path(path).write_bytes(b"half")
+    def half(program, file, **kwargs) -> None:
+        file.write(b"half")
         raise failure
 
     monkeypatch.setattr(torch.export, "save", half)
@@ -219,7 +223,7 @@ def test_a_failed_write_leaves_what_was_there(dense: Path, tmp_path: Path, monke
 
 
 def test_a_real_file_size_limit(dense: Path, tmp_path: Path) -> None:
-    """The kernel refuses to write more than 8 KiB, as a full disk would."""
+    """The kernel refuses to write more than 8 KiB, as a full disk would. torch alone would end the process."""
     code = (
         "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
         "from moeify import Recipe, convert_file\n"
@@ -235,8 +239,26 @@ def test_a_real_file_size_limit(dense: Path, tmp_path: Path) -> None:
         text=True,
         check=False,
     )
-    assert done.stdout.startswith(f"cannot write {output}: "), done.stderr
+    assert done.stdout == f"cannot write {output}: file too large\n", done.stderr
+    assert done.returncode == 0, done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_ctrl_c_while_writing(dense: Path, tmp_path: Path, monkeypatch) -> None:
+    output = tmp_path / "o.pt2"
+    output.write_bytes(b"precious")
+    save = torch.export.save
+
+    def interrupted(program, file, **kwargs) -> None:
+        signal.raise_signal(signal.SIGINT)
+        save(program, file, **kwargs)
+
+    monkeypatch.setattr(torch.export, "save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        convert_file(dense, output, Recipe(experts=2), inputs=SPEC)
+    assert output.read_bytes() == b"precious"
+    assert list(tmp_path.iterdir()) == [output]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_outputs_that_cannot_be(dense: Path, tmp_path: Path) -> None:
@@ -245,9 +267,15 @@ def test_outputs_that_cannot_be(dense: Path, tmp_path: Path) -> None:
     assert error.value.what == f"cannot write {tmp_path}/no/o.pt2: the folder {tmp_path}/no does not exist"
     folder = tmp_path / "f.pt2"
     folder.mkdir()
-    with pytest.raises(OutputNotWritten) as error:
-        convert_file(dense, folder, Recipe(), inputs=SPEC)
-    assert error.value.what == f"cannot write {folder}: it is a folder"
+    for output in (folder, "/"):
+        with pytest.raises(OutputNotWritten) as error:
+            convert_file(dense, output, Recipe(), inputs=SPEC)
+        assert error.value.what == f"cannot write {output}: it is a folder"
+    model = tmp_path / "model.pt2"
+    model.write_bytes(dense.read_bytes())
+    with pytest.raises(UsageError) as error:
+        convert_file(model, model, Recipe(), inputs=SPEC)
+    assert error.value.what == f"the output {model} is the dense model itself"
     with pytest.raises(UsageError) as error:
         convert_file(dense, tmp_path / "o.onnx", Recipe(), inputs=SPEC)
     assert str(error.value) == f"the output {tmp_path}/o.onnx does not end in .pt2\n  hint: write {tmp_path}/o.pt2"
@@ -258,6 +286,70 @@ def test_data_that_does_not_fit(dense: Path, tmp_path: Path) -> None:
     with pytest.raises(BadInputSpec) as error:
         convert_file(dense, None, Recipe(), inputs=SPEC, data=tmp_path / "d.pt")
     assert "has shape (2, 3, 8), the model reads " in error.value.what
+
+
+class Positions(nn.Module):
+    """Runs on eight tokens at most."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.up, self.down = nn.Embedding(8, 16), nn.Linear(16, 32), nn.Linear(32, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.table(torch.arange(x.shape[1]))
+        return x + self.down(torch.relu(self.up(x)))
+
+
+def test_data_the_model_does_not_run_on() -> None:
+    model, inputs = Positions(), (torch.randn(2, 4, 16),)
+    with pytest.raises(BadInputSpec) as error:
+        moeify.convert(model, inputs=inputs, data=(torch.randn(2, 9, 16),))
+    assert error.value.what == "the model does not run on the data: index out of range in self"
+    with pytest.raises(BadInputSpec) as error:
+        moeify.convert(model, inputs=inputs, data=(torch.randn(2, 9),))
+    assert error.value.what.startswith("data: x has shape (2, 9), the model reads x=float32[")
+
+
+def test_a_proof_on_nothing_but_nan_is_none() -> None:
+    model, inputs = Positions(), (torch.randn(2, 4, 16),)
+    with pytest.raises(VerificationFailed) as error:
+        moeify.convert(model, inputs=inputs, data=(torch.full((2, 4, 16), 3e38),))  # finite, and its sums are not
+    assert error.value.what == (
+        "the dense model gives nothing but NaN and infinity on these inputs, so nothing can be compared"
+    )
+
+
+def test_a_converted_archive_is_not_converted_again(converted: Path) -> None:
+    with pytest.raises(UnreadableFile) as error:
+        convert_file(converted, None, Recipe())
+    assert error.value.what == f"{converted} is a .pt2 that moeify has already converted"
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"format": 1}', '{"format": 1, "inputs": [{"name": 1}]}'])
+def test_a_damaged_moeify_json(converted: Path, tmp_path: Path, text: str) -> None:
+    damaged = tmp_path / "damaged.pt2"
+    with zipfile.ZipFile(converted) as old, zipfile.ZipFile(damaged, "w") as new:
+        for entry in old.infolist():
+            new.writestr(entry.filename, text if entry.filename.endswith("moeify.json") else old.read(entry))
+    with pytest.raises(UnreadableFile) as error:
+        moeify.load(damaged)
+    assert error.value.what.startswith(f"the moeify.json in {damaged} is damaged: ")
+
+
+def test_verify_of_models_that_read_other_inputs(dense: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.pt"
+    torch.save(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3)), other)
+    with pytest.raises(BadInputSpec) as error:
+        verify_files(dense, other)
+    assert error.value.what == (
+        f"the input of {dense}, given to {other}: input has shape (2, 16, 16), the model reads input=float32[batch, 8]"
+    )
+
+
+def test_equal_infinities_are_no_difference() -> None:
+    masked = torch.tensor([[1.0, float("-inf")], [2.0, 3.0]])
+    [error] = compare([masked], [masked.clone()], 1e-5).outputs
+    assert (error.max_abs, error.max_relative, error.cosine) == (0.0, 0.0, 1.0)
 
 
 def test_print_after_and_dump_dir(dense: Path, tmp_path: Path) -> None:

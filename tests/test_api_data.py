@@ -58,6 +58,11 @@ def test_pickles_are_not_executed(tmp_path: Path) -> None:
             {"ids": IDS, "mask": torch.ones(2, 5)},
             "{path}: mask has shape (2, 5), the model reads mask=float32[batch, 4]",
         ),
+        (
+            {"ids": IDS, "mask": MASK * float("nan")},
+            "{path}: mask holds NaN: nothing can be compared on it",
+        ),
+        ({"ids": IDS[:, :0], "mask": MASK}, "{path}: ids is empty: nothing can be compared on it"),
         ({"ids": IDS.float(), "mask": MASK}, "{path}: ids is float32, the model reads ids=int64[batch, seq]"),
     ],
 )
@@ -70,7 +75,8 @@ def test_what_does_not_fit(tmp_path: Path, tensors, text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "content"), [("d.pt", b""), ("d.npz", b"PK"), ("d.safetensors", b"x"), ("d.csv", b"1,2")]
+    ("name", "content"),
+    [("d.pt", b""), ("d.pt", b"hello world"), ("d.npz", b"PK"), ("d.safetensors", b"x"), ("d.csv", b"1,2")],
 )
 def test_unreadable(tmp_path: Path, name: str, content: bytes) -> None:
     (tmp_path / name).write_bytes(content)

@@ -91,6 +91,16 @@ def test_a_write_to_a_part_keeps_the_operator() -> None:
     assert "relu_" in names
 
 
+def test_an_einsum_that_only_transposes_is_a_view() -> None:
+    def function(m: Call, x: Tensor) -> Tensor:
+        u = m.layer(x)
+        torch.einsum("ij->ji", u).relu_()
+        return u * 1.5
+
+    _, names, _ = canonical(function)
+    assert "relu_" in names
+
+
 def test_a_write_to_a_buffer_stays() -> None:
     def function(m: Call, x: Tensor) -> Tensor:
         m.count.add_(1.0)

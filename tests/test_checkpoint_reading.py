@@ -12,6 +12,7 @@ from torch import nn
 
 from moeify import surgery
 from moeify.errors import InputError, StateDictMismatch, UnreadableFile, UsageError
+from moeify.surgery.layout import FIELDS
 from tests.surgery_models import D, Encoder, Ffn, case, layers, output
 
 
@@ -32,7 +33,8 @@ def test_a_factory_that_the_folder_names_is_not_imported(tmp_path: Path) -> None
         surgery.load(tmp_path / "out")
     assert str(caught.value) == (
         "the checkpoint asks to import tests.test_checkpoint_reading:build_encoder; nothing was imported\n"
-        "  hint: if you trust it, pass allow=('tests',)"
+        "  hint: if you trust it: --allow tests.test_checkpoint_reading, or allow=('tests.test_checkpoint_reading',) "
+        "in Python"
     )
     for trust in (
         {"allow": ("tests",)},
@@ -101,6 +103,18 @@ def test_another_version(saved: Path) -> None:
         "  at: OUT\n"
         "  hint: install the version of moeify that wrote it"
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [(name, value) for name in FIELDS for value in (3, [3], {"a": 3})
+     if not (isinstance(value, dict) and name in ("skeleton", "versions", "provenance"))],
+)  # fmt: skip
+def test_a_field_of_another_kind(saved: Path, name: str, value: Any) -> None:
+    marker = json.loads((saved / "moeify.json").read_text())
+    (saved / "moeify.json").write_text(json.dumps({**marker, name: value}))
+    with pytest.raises(UnreadableFile):
+        surgery.load(saved, factory=Encoder)
 
 
 def test_a_missing_field(saved: Path) -> None:

@@ -313,8 +313,11 @@ def test_an_interrupt_is_quiet(fake: Api, capsys) -> None:
     assert json.loads(capsys.readouterr().out)["error"]["kind"] == "Interrupted"
 
 
-def test_no_memory_is_an_error_of_its_own(fake: Api, capsys) -> None:
-    fake.error = MemoryError()
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried ...")]
+)
+def test_no_memory_is_an_error_of_its_own(fake: Api, capsys, error: Exception) -> None:
+    fake.error = error
     assert main(["convert", "dense.pt"]) == 1
     assert capsys.readouterr().err == "error: there is not enough memory for this\n"
 
@@ -378,6 +381,14 @@ def test_set_that_does_not_parse(text: str, what: str) -> None:
 def test_no_arguments_print_the_help(capsys) -> None:
     assert main([]) == 0
     assert capsys.readouterr().out.startswith("Usage: moeify ")
+
+
+def test_a_full_stdout() -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "moeify", "--help"], stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert (done.returncode, done.stderr) == (1, "error: cannot print: no space left on device\n")
 
 
 def test_a_closed_pipe_is_quiet() -> None:

@@ -218,5 +218,25 @@ def test_sizes_read_inside_the_block_are_read_off_its_input() -> None:
     assert sum(str(n.target) == "aten.linear.default" for n in program.graph.nodes) == 0
 
 
+class TwoTypes(nn.Module):
+    """As T5 in half precision: the down layer stays in float32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(D, H, dtype=torch.bfloat16), nn.Linear(H, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(F.gelu(self.up(x.bfloat16())).float())
+
+
+def test_a_block_of_two_types_stays_as_it_is() -> None:
+    program = program_of(nn.Sequential(TwoTypes(), Residual(lambda: Plain(F.gelu))), input=torch.randn(2, 6, D))
+    assert [(miss.path, miss.reason) for miss in program.near_misses] == [
+        ("0", "its weights are of more than one type, bfloat16 and float32")
+    ]
+    assert len(program.blocks) == sum(n.target == FFN for n in program.graph.nodes) == 2
+    program.run(*program.example)
+
+
 def test_the_text_is_its_name() -> None:
     assert str(FindFfn()) == "find-ffn"

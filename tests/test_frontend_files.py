@@ -192,7 +192,7 @@ def test_weights_that_are_not_finite(tmp_path):
     with pytest.raises(NonFiniteWeights) as error:
         load(path)
     assert str(error.value) == (
-        f"the parameter 0.weight of {path} holds NaN or infinity\n"
+        f"the weight 0.weight of {path} holds NaN or infinity\n"
         "  hint: the training run that wrote it has diverged: take an earlier checkpoint"
     )
     with torch.no_grad():
@@ -201,7 +201,7 @@ def test_weights_that_are_not_finite(tmp_path):
     torch.save(model, path)
     with pytest.raises(NonFiniteWeights) as error:
         load(path)
-    assert error.value.what == (f"6 parameters of {path} hold NaN or infinity: 0.weight, 0.bias, 1.weight and 3 more")
+    assert error.value.what == f"6 weights of {path} hold NaN or infinity: 0.weight, 0.bias, 1.weight and 3 more"
 
 
 # --- Hugging Face folders -----------------------------------------------------------------------------------------
@@ -321,7 +321,7 @@ def test_missing_weights_are_noted(folder):
     name = next(n for n in weights if n.endswith("intermediate.dense.weight"))
     del weights[name]
     safetensors.torch.save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    assert load(folder).notes == (f"1 weights are not in {folder} and have random values: {name}",)
+    assert load(folder).notes == (f"1 weight is not in {folder} and has random values: {name}",)
 
 
 def test_a_checkpoint_of_ours(folder):

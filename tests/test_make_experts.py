@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 
@@ -103,6 +106,29 @@ def test_values_are_computed_later():
     made.materialise()
     assert not any(p.is_meta for p in made.graph_module.parameters())
     assert not made.parameter("layers.0.shared_gate.weight").any()
+
+
+def test_types_of_a_finished_program_are_let_go():
+    made = programs.program([programs.Ffn()])
+    make(made)
+    (output,) = outputs(made.graph).values()
+    value = weakref.ref(output.meta["val"])
+    del made, output
+    gc.collect()
+    assert value() is None
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_experts_of_a_frozen_block_are_frozen(frozen):
+    made = programs.plain(2, shared=1, shared_gate=True)
+    made.selected["layers.1"] = False
+    for name in ("up", "down"):
+        made.set_parameter(f"layers.0.{name}.weight", made.parameter(f"layers.0.{name}.weight"), not frozen)
+    make(made)
+    made.materialise()
+    new = [p for n, p in made.graph_module.named_parameters() if n.startswith(("layers.0.experts", "layers.0.shared"))]
+    assert len(new) == 9
+    assert all(p.requires_grad != frozen for p in new)
 
 
 def test_new_nodes_keep_the_origin_of_the_block():

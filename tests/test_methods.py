@@ -223,7 +223,8 @@ def test_granular_refuses_an_activation_with_a_parameter_over_the_hidden_width()
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("noise{std=-1}", "noise.std is -1.0: it must not be negative"),
+        ("noise{std=-1}", "noise.std is -1.0: it must be a finite number of at least 0"),
+        ("noise{std=nan}", "noise.std is nan: it must be a finite number of at least 0"),
         ("noise{fraction=2}", "noise.fraction is 2.0: it must be between 0 and 1"),
         ("drop{ratio=1.5}", "drop.ratio is 1.5: it must be between 0 and 1"),
     ],

@@ -119,6 +119,24 @@ def test_channels_first(spatial: tuple[int, ...]) -> None:
     torch.testing.assert_close(y.movedim(1, -1).reshape(-1, D_OUT), rows)
 
 
+@pytest.mark.parametrize("roles", [PLAIN, GATED])
+def test_a_norm_over_the_width_of_an_expert_sees_each_shared_copy_alone(roles) -> None:
+    class Normed(Region):
+        def forward(self, u, g=None):
+            return F.layer_norm(super().forward(u, g), (H,))
+
+    moe, x = layer(roles=roles, activation=Normed(), shared=2 * H), torch.randn(5, D, dtype=torch.float64)
+    up, gate, down, up_bias, gate_bias, down_bias = moe.shared.roles()
+    expected = down_bias
+    for part in (slice(0, H), slice(H, 2 * H)):
+        gates = (None, None) if gate is None else (gate[part], gate_bias[part])
+        one = (up[part], gates[0], down[:, part], up_bias[part], gates[1], None)
+        expected = expected + dense(one, moe.region, x)
+    routed = copy.deepcopy(moe)
+    routed.shared = None
+    torch.testing.assert_close(moe(x), routed(x) + expected)
+
+
 def test_hidden_dropout_in_training_only() -> None:
     moe, x = layer(hidden_dropout=0.5), torch.randn(50, D, dtype=torch.float64)
     assert not torch.equal(moe(x), moe(x))

@@ -64,3 +64,34 @@ def test_broken_toml_is_unreadable(tmp_path) -> None:
     path.write_text("experts = = 4\n")
     with pytest.raises(UnreadableFile):
         Recipe.from_toml(path)
+
+
+def test_dashes_are_read_in_overrides_too(tmp_path) -> None:
+    path = tmp_path / "r.toml"
+    path.write_text('top-k = 4\n[[override]]\nblocks = "a"\ntop-k = 1\n')
+    assert Recipe.from_toml(path) == Recipe(top_k=4, overrides=(("a", {"top_k": 1}),))
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ("method = 5", "method is 5: it must be a text"),
+        ("router = true", "router is True: it must be a text"),
+        ("blocks = 3", "blocks is 3: it must be a text"),
+        ('seed = "x"', "seed is 'x': it must be a whole number"),
+        ("shared = 1\nshared_gate = 1", "shared-gate is 1: it must be true or false"),
+        ('include = "sample"', "include is 'sample': it must be a list of texts"),
+        ("include = [1]", "include is (1,): it must be a list of texts"),
+        ("include = 1", "include is 1: it must be a list of texts"),
+        ("override = 3", "override is 3: it must be a list of tables"),
+        ('[override]\nblocks = "a"', "override is {'blocks': 'a'}: it must be a list of tables"),
+        ("[[override]]\nblocks = 3", "blocks of an override is 3: it must be a text"),
+        ('[[override]]\nblocks = "a"\nmethod = 3', "method is 3: it must be a text"),
+    ],
+)
+def test_values_of_the_wrong_type(tmp_path, text: str, what: str) -> None:
+    path = tmp_path / "r.toml"
+    path.write_text(text)
+    with pytest.raises(BadRecipe) as error:
+        Recipe.from_toml(path)
+    assert error.value.what == what

@@ -120,6 +120,28 @@ def test_gradients_reach_router_and_experts_and_the_noise_is_on_in_training():
     assert first.shape == second.shape
 
 
+def test_the_router_of_a_frozen_block_is_frozen():
+    made = programs.plain(2)
+    made.set_parameter("layers.0.up.weight", made.parameter("layers.0.up.weight"), requires_grad=False)
+    routed(made)
+    assert not made.parameter("layers.0.router.weight").requires_grad
+    assert made.parameter("layers.1.router.weight").requires_grad
+
+
+@pytest.mark.parametrize("router", ["softmax-topk", "noisy-topk", "switch", "hash"])
+@pytest.mark.parametrize("maker", ["plain", "shared-weights", "custom-norm"])
+def test_no_tokens(maker, router):
+    made = MAKERS[maker](router=router, top_k=1, shared=1)
+    routed(made)
+    made.materialise()
+    set_training(made.graph_module, True)
+    out = made.graph_module(torch.zeros(2, 0, dtype=torch.int64))
+    assert out.shape == (2, 0, 3)
+    out.sum().backward()
+    grad = made.parameter(f"{made.blocks[0].anchor}.experts.up").grad
+    assert not grad.any()
+
+
 def test_refuses_hash_where_no_token_ids_fit():
     with pytest.raises(Refused) as error:
         routed(programs.images(router="hash"))

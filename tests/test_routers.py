@@ -217,12 +217,26 @@ def test_switch_refuses_more_than_one_expert_per_token():
     assert str(error.value) == "the switch router chooses one expert per token, not 2\n  hint: --top-k 1"
 
 
-def test_switch_refuses_a_negative_capacity():
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "switch{capacity-factor=-1}",
+            (
+                "switch.capacity-factor is -1.0: it must be a finite number of at least 0\n"
+                "  hint: 0 means that there is no limit"
+            ),
+        ),
+        ("switch{jitter=1.5}", "switch.jitter is 1.5: it must be between 0 and 1"),
+        ("switch{init-std=inf}", "switch.init-std is inf: it must be a finite number of at least 0"),
+        ("softmax-topk{init-std=nan}", "softmax-topk.init-std is nan: it must be a finite number of at least 0"),
+        ("noisy-topk{init-std=-1}", "noisy-topk.init-std is -1.0: it must be a finite number of at least 0"),
+    ],
+)
+def test_options_out_of_range(text, message):
     with pytest.raises(BadOption) as error:
-        ROUTERS.parse("switch{capacity-factor=-1}")
-    assert str(error.value) == (
-        "switch.capacity-factor is -1.0: it must not be negative\n  hint: 0 means that there is no limit"
-    )
+        ROUTERS.parse(text)
+    assert str(error.value) == message
 
 
 def test_hash_refuses_an_unknown_table():

@@ -120,6 +120,11 @@ def test_refuses_to_count_past_the_blocks(blocks):
     )
 
 
+def test_refuses_an_override_for_no_block():
+    made = program([block("a"), block("b")], overrides=(("a", {"experts": 4}), ("c.*", {"experts": 4})))
+    assert refusal(NoBlocks, made) == "the override 'c.*' matches no block\n  hint: the blocks are a, b"
+
+
 @pytest.mark.parametrize("blocks", ["every:0", "first:x", "last:-1", "last:"])
 def test_refuses_a_count_that_is_none(blocks):
     word = blocks.partition(":")[0]

@@ -85,3 +85,10 @@ def test_half_precision_is_compared_in_float32(dtype: torch.dtype) -> None:
 )
 def test_relative_error(value: list[float], reference: list[float], error: float) -> None:
     assert relative_error(torch.tensor(value), torch.tensor(reference)) == pytest.approx(error, rel=1e-5)
+
+
+def test_complex_numbers_are_compared_part_by_part():
+    reference = torch.tensor([3.0 + 4.0j, 1.0 - 2.0j])
+    assert relative_error(reference + 0.4j, reference) == pytest.approx(0.1)
+    assert relative_error(reference, reference) == 0.0
+    assert relative_error(reference.real, reference) == float("inf")

@@ -11,8 +11,9 @@ from typing import Any, ClassVar
 import torch
 
 from moeify.backends.base import Backend
+from moeify.backends.exporting import export
+from moeify.backends.pt2.unfailing import unfailing
 from moeify.backends.writing import atomically
-from moeify.ir.modes import set_training
 from moeify.ir.program import Program
 from moeify.ir.report import Report
 
@@ -41,18 +42,8 @@ class Pt2(Backend):
         """Raises OutputNotWritten; what was at ``path`` before is then untouched."""
         self.check(program)
         exported = export(program)
-        with atomically(path) as temporary:
-            torch.export.save(exported, temporary, extra_files={METADATA: json.dumps(describe(program, report))})
-
-
-def export(program: Program) -> torch.export.ExportedProgram:
-    """The program as an ExportedProgram in eval mode, dynamic where its inputs are."""
-    set_training(program.graph_module, False)
-    dynamic = tuple(
-        {dim: torch.export.Dim.AUTO for dim, size in enumerate(spec.shape) if isinstance(size, str)}
-        for spec in program.inputs
-    )
-    return torch.export.export(program.graph_module, program.example, dynamic_shapes=dynamic, strict=False)
+        with atomically(path) as temporary, unfailing(temporary) as file:
+            torch.export.save(exported, file, extra_files={METADATA: json.dumps(describe(program, report))})
 
 
 def describe(program: Program, report: Report) -> dict[str, Any]:

@@ -17,7 +17,15 @@ from moeify.api import data as data_files
 from moeify.api import reporting
 from moeify.api.progress import Progress, Silent
 from moeify.backends import BACKENDS
-from moeify.errors import NoBlocks, OutputNotWritten, UsageError, VerificationFailed
+from moeify.backends.pt2.archive import METADATA
+from moeify.errors import (
+    BadInputSpec,
+    NoBlocks,
+    OutputNotWritten,
+    UnreadableFile,
+    UsageError,
+    VerificationFailed,
+)
 from moeify.experts import METHODS
 from moeify.ir.printer import program_text
 from moeify.ir.program import Program
@@ -61,7 +69,11 @@ class Dumps:
         if wanted and self.show is not None:
             self.show(f"after {one}", text)
         if self.folder is not None:
-            (self.folder / f"{self._count:02d}-{one.name}.txt").write_text(text)
+            path = self.folder / f"{self._count:02d}-{one.name}.txt"
+            try:
+                path.write_text(text)
+            except OSError as error:
+                raise OutputNotWritten(f"cannot write {path}: {error.strerror}") from error
 
 
 def convert_file(
@@ -88,7 +100,7 @@ def convert_file(
     dumps = Dumps(show, print_after, print_after_all, Path(dump_dir) if dump_dir else None)
     check_names(recipe)
     if output is not None:
-        _check_output(Path(output))
+        _check_output(Path(output), Path(model))
     program, notes = captured(model, inputs, factory, allow, progress)
     program.recipe = recipe
     batch = data_files.read(data, program.inputs) if data else program.example
@@ -129,7 +141,8 @@ def convert(
     check_names(recipe)
     program = frontend.capture(model, inputs)
     program.recipe = recipe
-    report = rewrite(program, data or program.example, type(model).__name__, Silent(), Dumps())
+    batch = data_files.fit(data, program.inputs, "data") if data is not None else program.example
+    report = rewrite(program, batch, type(model).__name__, Silent(), Dumps())
     if form == "graph":
         from moeify.api.load import trainable
 
@@ -173,7 +186,7 @@ def rewrite(program: Program, batch: tuple[torch.Tensor, ...], model: str, progr
     require_blocks(program)
     report = reporting.describe(program, model)
     progress.stage("recording the dense model")
-    dense = Recording(program, batch)
+    dense = _recorded(program, batch)
     progress.stage("rewriting")
     run(program, REWRITE, dumps.after)
     progress.stage("computing expert weights", total=len(program.pending))
@@ -182,6 +195,23 @@ def rewrite(program: Program, batch: tuple[torch.Tensor, ...], model: str, progr
     progress.stage("verifying")
     _verify(report, program, dense)
     return report
+
+
+def _recorded(program: Program, batch: tuple[torch.Tensor, ...]) -> Recording:
+    """Raises BadInputSpec when the model does not run on the batch, VerificationFailed when all it gives is NaN."""
+    try:
+        dense = Recording(program, batch)
+    except (RuntimeError, IndexError, ValueError) as error:
+        if batch is program.example:  # the capture has run on it
+            raise
+        raise BadInputSpec(f"the model does not run on the data: {data_files.first_line(error)}") from error
+    whole = any(value.isfinite().any() for value in dense.outputs)
+    if not whole or not all(value.isfinite().any() for value in dense.blocks.values()):
+        raise VerificationFailed(
+            "the dense model gives nothing but NaN and infinity on these inputs, so nothing can be compared",
+            hint="give others, with --input or --data",
+        )
+    return dense
 
 
 def _verify(report: Report, program: Program, dense: Recording) -> None:
@@ -213,6 +243,10 @@ def captured(
     model: str | Path, inputs: Sequence[str], factory: str | None, allow: Sequence[str], progress: Progress
 ) -> tuple[Program, list[str]]:
     """The program of a model file and the notes of its reading; the dense module itself is let go."""
+    if frontend.holds_metadata(model, METADATA):
+        raise UnreadableFile(
+            f"{model} is a .pt2 that moeify has already converted", hint=f"look at it with: moeify inspect {model}"
+        )
     progress.stage(f"reading {model}")
     loaded = frontend.load(model, factory=factory, allow=allow)
     progress.stage("capturing the graph")
@@ -224,10 +258,12 @@ def captured(
     return program, notes
 
 
-def _check_output(path: Path) -> None:
+def _check_output(path: Path, model: Path) -> None:
+    if path.is_dir():
+        raise OutputNotWritten(f"cannot write {path}: it is a folder")
     if path.suffix != ".pt2":
         raise UsageError(f"the output {path} does not end in .pt2", hint=f"write {path.with_suffix('.pt2')}")
     if not path.parent.is_dir():
         raise OutputNotWritten(f"cannot write {path}: the folder {path.parent} does not exist")
-    if path.is_dir():
-        raise OutputNotWritten(f"cannot write {path}: it is a folder")
+    if path.exists() and model.exists() and path.samefile(model):
+        raise UsageError(f"the output {path} is the dense model itself", hint="choose another --output")

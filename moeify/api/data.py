@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import pickle
-import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from moeify.errors import BadInputSpec, UnreadableFile
 from moeify.ir.program import InputSpec
+
+_MORE_THAN_TENSORS = ("Unsupported global", "unsupported GLOBAL", "Object arrays")  # as torch and numpy say it
+_SUFFIXES = (".safetensors", ".npz", ".pt", ".pth", ".bin")
 
 
 def read(path: str | Path, specs: Sequence[InputSpec]) -> tuple[torch.Tensor, ...]:
@@ -21,35 +21,44 @@ def read(path: str | Path, specs: Sequence[InputSpec]) -> tuple[torch.Tensor, ..
 
     Raises UnreadableFile, or BadInputSpec when names, ranks, fixed sizes or types do not fit the model's inputs.
     """
-    path = Path(path)
-    tensors = _tensors(path)
-    if isinstance(tensors, list):
+    return fit(_tensors(Path(path)), specs, str(path))
+
+
+def fit(
+    tensors: Mapping[str, torch.Tensor] | Sequence[torch.Tensor], specs: Sequence[InputSpec], source: str
+) -> tuple[torch.Tensor, ...]:
+    """Tensors, by name or in order, as the inputs of a model. ``source`` is where they come from, for errors.
+
+    Raises BadInputSpec when they do not fit, and for tensors on which nothing can be compared.
+    """
+    if not isinstance(tensors, Mapping):
         if len(tensors) != len(specs):
-            raise BadInputSpec(f"{path} holds {len(tensors)} tensors and the model reads {len(specs)}")
+            raise BadInputSpec(f"{source} holds {len(tensors)} tensors and the model reads {len(specs)}")
         tensors = {spec.name: tensor for spec, tensor in zip(specs, tensors)}
     missing = [spec.name for spec in specs if spec.name not in tensors]
     if missing:
         raise BadInputSpec(
-            f"{path} has no tensor named {missing[0]!r}", hint=f"the model reads {', '.join(map(str, specs))}"
+            f"{source} has no tensor named {missing[0]!r}", hint=f"the model reads {', '.join(map(str, specs))}"
         )
-    return tuple(_fitted(tensors[spec.name], spec, path) for spec in specs)
+    return tuple(_fitted(tensors[spec.name], spec, source) for spec in specs)
 
 
 def _tensors(path: Path) -> dict[str, torch.Tensor] | list[torch.Tensor]:
+    if path.suffix not in _SUFFIXES:
+        raise UnreadableFile(f"cannot tell what kind of data {path} is", hint="use .pt, .npz or .safetensors")
+    if not path.is_file():
+        raise UnreadableFile(f"there is no file {path}")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
         if path.suffix == ".npz":
             with numpy.load(path, allow_pickle=False) as arrays:
                 return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
-        if path.suffix in (".pt", ".pth", ".bin"):
-            value = torch.load(path, map_location="cpu", weights_only=True)
-        else:
-            raise UnreadableFile(f"cannot tell what kind of data {path} is", hint="use .pt, .npz or .safetensors")
-    except (OSError, ValueError, RuntimeError, EOFError, zipfile.BadZipFile, SafetensorError) as error:
-        raise UnreadableFile(f"cannot read the data {path}: {_first_line(error)}") from error
-    except pickle.UnpicklingError as error:
-        raise UnreadableFile(f"the data {path} holds more than tensors, so it was not read") from error
+        value = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch and numpy raise whatever a damaged file makes them meet
+        if any(text in str(error) for text in _MORE_THAN_TENSORS):
+            raise UnreadableFile(f"the data {path} holds more than tensors, so it was not read") from error
+        raise UnreadableFile(f"the data {path} is damaged, or of another kind than its name says") from error
     if isinstance(value, torch.Tensor):
         return [value]
     if isinstance(value, (list, tuple)) and all(isinstance(v, torch.Tensor) for v in value):
@@ -59,16 +68,21 @@ def _tensors(path: Path) -> dict[str, torch.Tensor] | list[torch.Tensor]:
     raise UnreadableFile(f"the data {path} is not a tensor, a list of tensors or a dict of tensors")
 
 
-def _fitted(tensor: torch.Tensor, spec: InputSpec, path: Path) -> torch.Tensor:
+def _fitted(tensor: torch.Tensor, spec: InputSpec, source: str) -> torch.Tensor:
     fits = tensor.dim() == len(spec.shape) and all(
         isinstance(want, str) or have == want for have, want in zip(tensor.shape, spec.shape)
     )
     if not fits:
-        raise BadInputSpec(f"{path}: {spec.name} has shape {tuple(tensor.shape)}, the model reads {spec}")
+        raise BadInputSpec(f"{source}: {spec.name} has shape {tuple(tensor.shape)}, the model reads {spec}")
     if tensor.is_floating_point() != spec.dtype.is_floating_point:
-        raise BadInputSpec(f"{path}: {spec.name} is {str(tensor.dtype).removeprefix('torch.')}, the model reads {spec}")
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        raise BadInputSpec(f"{source}: {spec.name} is {dtype}, the model reads {spec}")
+    if not tensor.numel() or tensor.isnan().any():  # infinity is fine: additive masks hold it
+        what = "holds NaN" if tensor.numel() else "is empty"
+        raise BadInputSpec(f"{source}: {spec.name} {what}: nothing can be compared on it")
     return tensor.to(spec.dtype)
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an error says, without the pages torch may put below it."""
     return (str(error) or type(error).__name__).splitlines()[0]

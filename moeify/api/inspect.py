@@ -45,7 +45,7 @@ def inspect_file(
             f"{path} is a converted checkpoint folder",
             hint="inspect the .pt2, or read moeify.json in the folder",
         )
-    if path.is_file() and holds_metadata(path, METADATA):
+    if holds_metadata(path, METADATA):
         program, metadata = read_graph(path)
         return Inspection(Report.from_dict(metadata["report"]), program, None)
     check_names(recipe or Recipe())

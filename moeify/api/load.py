@@ -12,7 +12,7 @@ from torch import nn
 
 from moeify import surgery
 from moeify.backends.pt2.archive import FORMAT, METADATA, describe
-from moeify.errors import UnreadableFile
+from moeify.errors import BadRecipe, UnreadableFile
 from moeify.frontend import read_pt2
 from moeify.ir.modes import TrainableGraph
 from moeify.ir.program import InputSpec, Program
@@ -41,20 +41,37 @@ def read_graph(path: Path) -> tuple[Program, dict[str, Any]]:
             f"{path} is a torch.export archive that moeify did not write",
             hint="convert it first: moeify convert",
         )
-    metadata = json.loads(extra[METADATA])
-    if metadata.get("format") != FORMAT:
+    try:
+        metadata = json.loads(extra[METADATA])
+        version = metadata["format"]
+    except (ValueError, LookupError, TypeError) as error:
+        raise _damaged(path, error) from error
+    if version != FORMAT:
         raise UnreadableFile(
-            f"{path} has format {metadata.get('format')!r} and this moeify reads format {FORMAT}",
+            f"{path} has format {version!r} and this moeify reads format {FORMAT}",
             hint="open it with the version that wrote it, named in moeify.json",
         )
-    specs = tuple(
-        InputSpec(spec["name"], getattr(torch, spec["dtype"]), tuple(spec["shape"])) for spec in metadata["inputs"]
-    )
     args, _ = exported.example_inputs or ((), {})
-    program = Program(exported.module(check_guards=False), specs, tuple(args))
-    program.recipe = Recipe.from_dict(metadata["recipe"])
-    program.provenance["attention_dropout"] = metadata["attention_dropout"]
+    try:
+        specs = tuple(InputSpec(s["name"], _dtype(s["dtype"]), tuple(s["shape"])) for s in metadata["inputs"])
+        program = Program(exported.module(check_guards=False), specs, tuple(args))
+        program.recipe = Recipe.from_dict(metadata["recipe"])
+        program.provenance["attention_dropout"] = tuple(metadata["attention_dropout"])
+        Report.from_dict(metadata["report"])  # what it cannot read is damage, and is better said now
+    except (BadRecipe, LookupError, TypeError, ValueError, AttributeError) as error:
+        raise _damaged(path, error) from error
     return program, metadata
+
+
+def _dtype(name: str) -> torch.dtype:
+    found = getattr(torch, name)
+    if not isinstance(found, torch.dtype):
+        raise ValueError(f"{name} is no dtype")
+    return found
+
+
+def _damaged(path: Path, error: Exception) -> UnreadableFile:
+    return UnreadableFile(f"the {METADATA} in {path} is damaged: {type(error).__name__}: {error}")
 
 
 def trainable(program: Program, report: Report) -> nn.Module:

@@ -39,8 +39,11 @@ def complete(report: Report, program: Program) -> None:
 
 
 def count_parameters(program: Program) -> int:
-    """Elements of all parameters, tied ones once."""
-    return sum(p.numel() for p in program.graph_module.parameters())
+    """Elements of all parameters, tied ones once, without the dense ones that go when the pending ones are computed."""
+    read = {node.target for node in program.graph.find_nodes(op="get_attr")}
+    going = {ref.parameter for recipe in program.pending.values() for ref in recipe.sources} - read
+    named = program.graph_module.named_parameters(remove_duplicate=False)
+    return sum({id(p): p.numel() for name, p in named if name not in going}.values())
 
 
 def versions() -> dict[str, str]:

@@ -13,16 +13,16 @@ from moeify.api.convert import captured
 from moeify.api.load import load, read_graph
 from moeify.api.progress import Silent
 from moeify.backends.pt2.archive import METADATA
-from moeify.errors import UsageError
+from moeify.errors import BadInputSpec, UsageError
 from moeify.frontend import capture, holds_metadata
+from moeify.ir.difference import relative_error, wide
 from moeify.ir.program import Program, flat
-from moeify.verify.measure import relative_error
 
 
 @dataclass(frozen=True)
 class OutputError:
     """How far one output of B is from A's: largest absolute and relative difference, and cosine of the flattened
-    tensors.
+    tensors, over what is finite in both.
     """
 
     name: str
@@ -50,15 +50,25 @@ def verify_files(
 ) -> Comparison:
     """Run two model files (dense or converted, any kind) on the same inputs and compare their outputs in order.
 
-    Inputs come from ``data``, or are the example inputs of ``a``. ``tolerance`` is relative, 1e-5 unless given.
+    Inputs come from ``data``, or are the example inputs of ``a``; ``b`` gets them by name where it has the same names,
+    else in order. ``tolerance`` is relative, 1e-5 unless given.
     """
     first = _program(a, inputs, factory, allow)
-    specs = first.inputs
-    batch = data_files.read(data, specs) if data else first.example
-    left = flat(first.run(*batch))
+    batch = data_files.read(data, first.inputs) if data else first.example
+    left = _outputs(first, batch, a)
+    named = {spec.name: tensor for spec, tensor in zip(first.inputs, batch)}
     del first  # one model in memory at a time
-    right = flat(_program(b, inputs, factory, allow).run(*batch))
-    return compare(left, right, 1e-5 if tolerance is None else tolerance)
+    second = _program(b, inputs, factory, allow)
+    same_names = named.keys() == {spec.name for spec in second.inputs}
+    batch = data_files.fit(named if same_names else batch, second.inputs, f"the input of {a}, given to {b}")
+    return compare(left, _outputs(second, batch, b), 1e-5 if tolerance is None else tolerance)
+
+
+def _outputs(program: Program, batch: tuple[torch.Tensor, ...], path: str | Path) -> list[torch.Tensor]:
+    try:
+        return flat(program.run(*batch))
+    except (RuntimeError, IndexError, ValueError) as error:
+        raise BadInputSpec(f"{path} does not run on these inputs: {data_files.first_line(error)}") from error
 
 
 def compare(left: list[torch.Tensor], right: list[torch.Tensor], tolerance: float) -> Comparison:
@@ -72,15 +82,16 @@ def compare(left: list[torch.Tensor], right: list[torch.Tensor], tolerance: floa
 
 
 def _error(name: str, reference: torch.Tensor, value: torch.Tensor) -> OutputError:
-    a, b = reference.detach().double().flatten(), value.detach().double().flatten()
-    cosine = torch.nn.functional.cosine_similarity(a, b, dim=0).item() if a.numel() else 1.0
+    finite = reference.isfinite() & value.isfinite()  # relative_error says whether the rest is the same
+    a, b = (wide(tensor[finite]).flatten() for tensor in (reference, value))
     max_abs = (a - b).abs().max().item() if a.numel() else 0.0
+    cosine = torch.nn.functional.cosine_similarity(a, b, dim=0).item() if max_abs else 1.0
     return OutputError(name, max_abs, relative_error(value, reference), cosine)
 
 
 def _program(path: str | Path, inputs: Sequence[str], factory: str | None, allow: Sequence[str]) -> Program:
     path = Path(path)
-    if path.is_file() and holds_metadata(path, METADATA):
+    if holds_metadata(path, METADATA):
         return read_graph(path)[0]
     if (path / METADATA).is_file():
         return capture(load(path, factory=factory, allow=allow), inputs or None)

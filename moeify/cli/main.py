@@ -20,6 +20,7 @@ from moeify.errors import MoeifyError
 
 _BUG = 70  # EX_SOFTWARE of sysexits.h
 _INTERRUPTED = 130  # 128 + SIGINT, as a shell has it; typer returns it for a Ctrl-C
+_NO_MEMORY = ("can't allocate memory", "out of memory")  # torch's RuntimeErrors, on the CPU and on a GPU
 # typer's own base of "no such option" and the like; it has no public name.
 _Usage: type[Any] = cast("type[Any]", typer.BadParameter.__bases__[0])
 
@@ -71,14 +72,16 @@ def main(arguments: Sequence[str]) -> int:
         command = error.ctx.command_path if error.ctx else "moeify"
         hint = f"see {command} --help"
         return _fail(as_json, "UsageError", _lower(error.format_message()), None, hint, error.exit_code)
-    except MemoryError:
-        return _fail(as_json, "OutOfMemory", "there is not enough memory for this", None, None, 1)
     except (typer.Abort, KeyboardInterrupt):
         code = _INTERRUPTED
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
+        if isinstance(error, MemoryError) or any(text in str(error) for text in _NO_MEMORY):
+            return _fail(as_json, "OutOfMemory", "there is not enough memory for this", None, None, 1)
+        if isinstance(error, OSError) and error.filename is None:  # stdout itself, so no JSON can be written there
+            return _fail(False, "OutputNotWritten", f"cannot print: {_lower(error.strerror or '')}", None, None, 1)
         if debug:
             import traceback
 

@@ -39,7 +39,7 @@ def verify(
             allow=allow,
             tolerance=tolerance,
         )
-    code = 1 if found.agree is False else 0
+    code = 0 if found.agree else 1
     if as_json:
         write_json({"a": a, "b": b, **dataclasses.asdict(found)})
         return code
@@ -48,6 +48,6 @@ def verify(
     for number, line in enumerate(table(("output", "largest difference", "relative", "cosine"), rows, screen.width)):
         screen.line(line, "bold" if number == 0 else None)
     screen.line()
-    verdict = {True: f"{a} and {b} agree", False: f"{a} and {b} do not agree"}.get(found.agree, f"{a} and {b}")
-    screen.line(f"{verdict}: largest relative error {error(found.max_relative_error)}", "bold")
+    verdict = "agree" if found.agree else "do not agree"
+    screen.line(f"{a} and {b} {verdict}: largest relative error {error(found.max_relative_error)}", "bold")
     return code

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -26,8 +27,8 @@ class Noise(Copy):
     fraction: float = 0.5
 
     def __post_init__(self) -> None:
-        if self.std < 0:
-            raise BadOption(f"noise.std is {self.std}: it must not be negative")
+        if not 0 <= self.std < math.inf:
+            raise BadOption(f"noise.std is {self.std}: it must be a finite number of at least 0")
         if not 0 <= self.fraction <= 1:
             raise BadOption(f"noise.fraction is {self.fraction}: it must be between 0 and 1")
 

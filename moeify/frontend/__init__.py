@@ -1,7 +1,7 @@
 """Model files and modules to a Program: ``load`` reads a file, ``capture`` traces a module.
 
-``Loaded(module, kind, path, sha256, notes, input_hints)`` is what ``load`` returns; ``read_pt2`` and
-``holds_metadata`` open archives.
+``Loaded(module, kind, path, sha256, notes, input_hints)`` is what ``load`` returns; ``read_pt2`` and ``holds_metadata``
+open archives.
 """
 
 from moeify.frontend.inputs import Example, TensorSpec, parse_input_spec

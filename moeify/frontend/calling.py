@@ -39,8 +39,7 @@ def bind(parameters: Mapping[str, inspect.Parameter], tensors: Mapping[str, Tens
 
 
 def plain(output: Any) -> Any:
-    """Tensors in tuples, lists and dicts: output classes become dicts, caches and None are left out of
-    those."""
+    """Tensors in tuples, lists and dicts: output classes become dicts, caches and None are left out of those."""
     if isinstance(output, Tensor) or output is None:
         return output
     if dataclasses.is_dataclass(output) and not isinstance(output, type):
@@ -65,8 +64,8 @@ def run(module: nn.Module, tensors: Mapping[str, Tensor]) -> Any:
 def tensors_only(module: nn.Module, names: list[str]) -> Iterator[None]:
     """Within it, ``module(*tensors)`` takes exactly the named tensors and gives a plain output.
 
-    forward is replaced on the instance and put back at the end, so that module paths and parameter names stay
-    the user's.
+    forward is replaced on the instance and put back at the end, so that module paths and parameter names stay the
+    user's.
     """
     forward = module.forward
     own = module.__dict__.get("forward")
@@ -90,8 +89,7 @@ def tensors_only(module: nn.Module, names: list[str]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def mode(module: nn.Module, training: bool) -> Iterator[None]:
-    """Train or eval mode, fastpath of nn.MultiheadAttention off; every submodule's own flag is put back at
-    the end."""
+    """Train or eval mode, fastpath of nn.MultiheadAttention off; every submodule's own flag is put back at the end."""
     flags = [(m, m.training) for m in module.modules()]
     fastpath = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)

@@ -13,6 +13,8 @@ from moeify.errors import NotExportable
 from moeify.frontend.calling import mode, run
 from moeify.frontend.inputs import Example
 from moeify.frontend.meta import is_meta
+from moeify.frontend.reasons import first_line
+from moeify.ir.difference import relative_error
 
 LIMIT = 1e-5  # relative, in float32: both run the same operators
 
@@ -26,8 +28,7 @@ def check_graph(
 ) -> float | None:
     """The maximum relative error on the examples and on a second set with other dynamic sizes.
 
-    ``dims`` of the examples name what stayed dynamic in the graph. The second set is left out where the model
-    refuses
+    ``dims`` of the examples name what stayed dynamic in the graph. The second set is left out where the model refuses
     it or a guard of the capture excludes it. None on the meta device. Raises NotExportable.
     """
     if is_meta(module):
@@ -41,7 +42,7 @@ def check_graph(
                 f"{type(module).__name__} gives two different outputs for the same input in eval mode",
                 hint="make it deterministic in eval: dropout and noise must look at self.training",
             )
-        error = relative_error(expected, graph_module(*_fresh(tensors).values()))
+        error = _largest_error(expected, graph_module(*_fresh(tensors).values()))
         _refuse_above_limit(module, error, expected, "on the example inputs")
         larger = {e.name: _enlarged(e) for e in examples}
         if all(larger[e.name].shape == e.tensor.shape for e in examples):
@@ -56,25 +57,22 @@ def check_graph(
             if guards is not None:
                 guards(*larger.values())
         except AssertionError as guard:
-            reason = str(guard).strip().splitlines()[0]
-            notes.append(f"the graph was compared at the sizes of the example only: {reason}")
+            notes.append(f"the graph was compared at the sizes of the example only: {first_line(guard)}")
             return error
         try:
             actual = graph_module(*_fresh(larger).values())
         except Exception as failure:
             raise NotExportable(
-                f"the captured graph of {type(module).__name__} does not run at other sizes: "
-                f"{str(failure).strip().splitlines()[0]}",
+                f"the captured graph of {type(module).__name__} does not run at other sizes: {first_line(failure)}",
                 hint="fix the sizes: write --input with bare numbers, or pass fixed=True",
             ) from failure
-        second = relative_error(expected, actual)
+        second = _largest_error(expected, actual)
         _refuse_above_limit(module, second, expected, "at " + _sizes(examples, larger))
         return max(error, second)
 
 
-def relative_error(expected: Any, actual: Any) -> float:
-    """Largest difference of a tensor's elements over the largest magnitude of the tensor, over all output
-    tensors."""
+def _largest_error(expected: Any, actual: Any) -> float:
+    """The largest relative error over all outputs, infinite where one that is no floating-point tensor differs."""
     before, after = pytree.tree_leaves(expected), pytree.tree_leaves(actual)
     if len(before) != len(after):
         return float("inf")
@@ -88,18 +86,11 @@ def _error(a: Any, b: Any) -> float:
         return float("inf")
     if not a.is_floating_point():
         return 0.0 if torch.equal(a, b) else float("inf")
-    same = (a == b) | (a.isnan() & b.isnan())
-    difference = torch.where(same, 0.0, (a.double() - b.double()).abs())
-    if not same.all() and not difference.isfinite().all():
-        return float("inf")
-    finite = a[a.isfinite()].double().abs()
-    scale = float(finite.max()) if finite.numel() else 1.0
-    worst = float(difference.max()) if difference.numel() else 0.0
-    return worst / scale if scale else worst
+    return relative_error(b, a)
 
 
 def _same(a: Any, b: Any) -> bool:
-    return relative_error(a, b) <= 1e-6  # threads may change the order of a sum
+    return _largest_error(a, b) <= 1e-6  # threads may change the order of a sum
 
 
 def _refuse_above_limit(module: nn.Module, error: float, expected: Any, where: str) -> None:

@@ -1,10 +1,8 @@
 """torch.no_grad() regions of a capture, inlined.
 
-torch.export keeps ``with torch.no_grad():`` inside forward (rotary embeddings) as a higher-order operator
-that calls a subgraph.
-Passes, backends and readers are better off with one flat graph, in which the results of the region are
-detached instead: the
-same values and the same gradients.
+torch.export keeps ``with torch.no_grad():`` inside forward (rotary embeddings) as a higher-order operator that calls a
+subgraph. Passes, backends and readers are better off with one flat graph, in which the results of the region are
+detached instead: the same values and the same gradients.
 
 Before:  a, b = wrap_with_set_grad_enabled(False, submod_1, x, inv_freq)
 After:   the nodes of submod_1; a = aten.detach(a'); b = aten.detach(b')

@@ -10,6 +10,7 @@ from torch import nn
 from moeify.errors import BadInputSpec
 from moeify.frontend.calling import mode, run
 from moeify.frontend.inputs import Example, TensorSpec, required, tensor_names
+from moeify.frontend.reasons import first_line
 from moeify.frontend.vocabulary import make_examples
 
 BATCH, SEQ = ("batch", 2), ("seq", 16)
@@ -19,8 +20,7 @@ Dim = tuple[str, int] | int
 
 
 def guess_examples(module: nn.Module) -> tuple[list[Example], str]:
-    """Inputs that the model runs on, and a note that says what was guessed. Raises BadInputSpec when no guess
-    runs."""
+    """Inputs that the model runs on, and a note that says what was guessed. Raises BadInputSpec when no guess runs."""
     names = required(module) or tensor_names(module, 1)
     last: Exception | None = None
     for dtype, dims in candidates(module):
@@ -33,7 +33,7 @@ def guess_examples(module: nn.Module) -> tuple[list[Example], str]:
             last = last or error
             continue
         return examples, f"guessed the input {' '.join(map(str, specs))}"
-    why = f": {type(last).__name__}: {str(last).strip().splitlines()[0]}" if last and str(last).strip() else ""
+    why = f": {type(last).__name__}: {first_line(last)}" if last and str(last).strip() else ""
     raise BadInputSpec(
         f"cannot guess an input that {type(module).__name__} runs on{why}",
         hint=" ".join(["give", *(f"--input {name}=dtype[batch=2,...]" for name in names)]),

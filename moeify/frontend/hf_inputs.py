@@ -1,7 +1,6 @@
 """Example inputs of transformers models, from ``main_input_name`` and the config.
 
-``model.dummy_inputs`` is of no use for vision and audio. Nothing here imports transformers: it reads
-attributes only.
+``model.dummy_inputs`` is of no use for vision and audio. Nothing here imports transformers: it reads attributes only.
 """
 
 from __future__ import annotations

@@ -31,9 +31,8 @@ _DIM = re.compile(r"(?:(?P<name>[A-Za-z_]\w*)\s*=\s*)?(?P<size>\d+)")
 class TensorSpec:
     """What an input looks like: ``sizes`` of the example, ``dims`` with a name where the size may change.
 
-    ``below`` bounds integers: values are drawn from [0, below). Without it the bound is the vocabulary of the
-    embedding that
-    reads the input.
+    ``below`` bounds integers: values are drawn from [0, below). Without it the bound is the vocabulary of the embedding
+    that reads the input.
     """
 
     name: str | None
@@ -60,9 +59,8 @@ class Example:
 def parse_input_spec(text: str) -> TensorSpec:
     """``input_ids=int64[batch=2,seq=16]{below=30522}`` to a TensorSpec.
 
-    ``name=size`` is a dimension whose size may change, a bare number a fixed one. The input's name may be
-    left out when the
-    model has one input. Raises BadInputSpec.
+    ``name=size`` is a dimension whose size may change, a bare number a fixed one. The input's name may be left out when
+    the model has one input. Raises BadInputSpec.
     """
     match = _SPEC.fullmatch(text)
     if not match:
@@ -110,8 +108,7 @@ def _below(text: str, options: str | None, dtype: torch.dtype) -> int | None:
 def forward_parameters(module: nn.Module) -> dict[str, inspect.Parameter]:
     """The parameters of ``forward`` by name.
 
-    The module of an exported program insists on the split into positional and keyword arguments of its
-    capture.
+    The module of an exported program insists on the split into positional and keyword arguments of its capture.
     """
     parameters = dict(inspect.signature(module.forward).parameters)
     in_spec = getattr(module, "_in_spec", None)
@@ -165,8 +162,7 @@ def name_specs(module: nn.Module, specs: Sequence[TensorSpec]) -> list[TensorSpe
 
 
 def check_names(module: nn.Module, names: Sequence[str]) -> None:
-    """Raises BadInputSpec for names that forward does not have, names given twice, and required ones left
-    out."""
+    """Raises BadInputSpec for names that forward does not have, names given twice, and required ones left out."""
     parameters = forward_parameters(module)
     for name in names:
         if names.count(name) > 1:

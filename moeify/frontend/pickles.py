@@ -22,6 +22,7 @@ from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from moeify.errors import UnreadableFile, UnsafePickle
 from moeify.frontend.importing import user_module
+from moeify.frontend.reasons import first_line
 from moeify.frontend.sniff import PICKLE
 
 _FUNCTIONS = (
@@ -40,8 +41,7 @@ _INSTRUCTION = re.compile(r"(Unsupported (?:operand|class)[^\n]{0,80}|Trying to 
 
 
 def read_pickle(path: Path, kind: str, allow: Sequence[str] = ()) -> Any:
-    """The pickled object. ``allow`` are module paths whose classes and functions may be used besides
-    torch.nn's.
+    """The pickled object. ``allow`` are module paths whose classes and functions may be used besides torch.nn's.
 
     Raises UnsafePickle (nothing was executed) or UnreadableFile.
     """
@@ -56,18 +56,12 @@ def read_pickle(path: Path, kind: str, allow: Sequence[str] = ()) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise _explained(str(error), path, allow) from error
-    except (
-        RuntimeError,
-        EOFError,
-        ValueError,
-        OSError,
-        KeyError,
-        AttributeError,
-        TypeError,
-        IndexError,
-    ) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UnreadableFile(f"{path} is truncated or damaged: {reason}", hint="copy or download it again") from error
+    except Exception as error:  # torch and the constructors of torch.nn raise whatever damaged data leads them to
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> UnreadableFile:
+    return UnreadableFile(f"{path} is truncated or damaged: {first_line(error)}", hint="copy or download it again")
 
 
 @functools.cache
@@ -105,17 +99,8 @@ def _needed(path: Path) -> list[str]:
     """Names in the pickle that torch's own allowlist does not hold."""
     try:
         return sorted(get_unsafe_globals_in_checkpoint(path))
-    except (
-        pickle.UnpicklingError,
-        RuntimeError,
-        EOFError,
-        ValueError,
-        OSError,
-        IndexError,
-        KeyError,
-    ) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UnreadableFile(f"{path} is truncated or damaged: {reason}", hint="copy or download it again") from error
+    except Exception as error:  # it scans opcodes, and damaged ones lead it anywhere
+        raise _damaged(path, error) from error
 
 
 def _permitted(name: str, allow: Sequence[str], path: Path) -> Any:

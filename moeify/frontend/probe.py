@@ -1,5 +1,4 @@
-"""What the model does in training that its eval capture does not show: dropout of attention, random Python
-decisions."""
+"""What a model does in training that its eval capture does not show: attention dropout, random Python decisions."""
 
 from __future__ import annotations
 
@@ -15,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from moeify.frontend.calling import mode, run
 from moeify.frontend.inputs import Example
 from moeify.frontend.meta import is_meta
+from moeify.frontend.reasons import first_line
 
 SDPA = torch.ops.aten.scaled_dot_product_attention.default
 _MHA = inspect.signature(torch.nn.functional.multi_head_attention_forward)
@@ -55,8 +55,7 @@ def attention_dropout(
 ) -> list[float]:
     """``dropout_p`` of each scaled_dot_product_attention of the graph in training, in graph order.
 
-    Runs the model once in train mode; its buffers and the random state are put back. Zeros, and a note, where
-    the
+    Runs the model once in train mode; its buffers and the random state are put back. Zeros, and a note, where the
     number of calls in training differs from the number in the graph.
     """
     nodes = sum(node.target is SDPA for node in graph_module.graph.nodes)
@@ -71,8 +70,8 @@ def attention_dropout(
         with torch.no_grad(), mode(module, training=True), watch:
             run(module, {e.name: e.tensor.clone() for e in examples})
     except Exception as error:
-        first = next(iter(str(error).strip().splitlines()), "no reason given")
-        notes.append(f"the model does not run in train mode ({type(error).__name__}: {first}): dropout is unknown")
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        notes.append(f"the model does not run in train mode ({reason}): dropout is unknown")
         return [0.0] * nodes
     finally:
         random.setstate(python_state)

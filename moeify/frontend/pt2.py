@@ -15,6 +15,7 @@ from torch.export import ExportedProgram
 
 from moeify.errors import UnreadableFile, UnsafePickle
 from moeify.frontend.pt2_scan import check_archive
+from moeify.frontend.reasons import first_line
 from moeify.frontend.sniff import PT2, sniff
 
 _WEIGHTS_ONLY = {"TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": None}
@@ -40,8 +41,7 @@ def read_pt2(path: str | Path, *, extra: Sequence[str] = ()) -> tuple[ExportedPr
                 f"{path} holds a pickle with more than tensors in it; nothing was executed",
                 hint="save it again with torch.export.save and plain tensors as example inputs",
             ) from error
-        reason = text.strip().splitlines()[0] if text.strip() else type(error).__name__
-        raise UnreadableFile(f"torch.export cannot load {path}: {reason}") from error
+        raise UnreadableFile(f"torch.export cannot load {path}: {first_line(error)}") from error
     exported._guards_code = []  # Python source from the file, which module() would run
     return exported, {name: extras.get(name) or "" for name in extra}
 
@@ -57,8 +57,7 @@ def holds_metadata(path: str | Path, name: str) -> bool:
 
 @contextlib.contextmanager
 def _weights_only() -> Iterator[None]:
-    """torch.load falls back to unsafe unpickling inside torch.export.load; torch reads these variables at
-    each call."""
+    """torch.load falls back to unsafe unpickling inside torch.export.load; torch reads these variables at each call."""
     before = {name: os.environ.get(name) for name in _WEIGHTS_ONLY}
     try:
         _set_environment(_WEIGHTS_ONLY)

@@ -1,11 +1,8 @@
-"""What a ``.pt2`` may hold. Looked at before torch.export.load sees it, because that function runs what it
-finds.
+"""What a ``.pt2`` may hold. Looked at before torch.export.load sees it, because that function runs what it finds.
 
-In torch 2.13 it unpickles sample inputs and opaque constants, loads native libraries, evaluates size
-expressions as Python,
-resolves operators by walking attributes from ``torch`` (``torch.os.system`` exists), imports the modules of
-enums, and builds
-Python source from names. Each of these is refused here unless it is plain data.
+In torch 2.13 it unpickles sample inputs and opaque constants, loads native libraries, evaluates size expressions as
+Python, resolves operators by walking attributes from ``torch`` (``torch.os.system`` exists), imports the modules of
+enums, and builds Python source from names. Each of these is refused here unless it is plain data.
 """
 
 from __future__ import annotations
@@ -22,6 +19,7 @@ from typing import Any
 import torch
 
 from moeify.errors import UnreadableFile, UnsafePickle
+from moeify.frontend.reasons import first_line
 
 _RECORDS = re.compile(
     r"models/model\.json|data/weights/(weight_\d+|model\.pt|model_weights_config\.json)"
@@ -55,8 +53,7 @@ _SIZE_FUNCTIONS = (
 
 
 def check_archive(path: Path) -> None:
-    """Raises UnsafePickle for anything that could run, UnreadableFile for what cannot be read. Executes
-    nothing."""
+    """Raises UnsafePickle for anything that could run, UnreadableFile for what cannot be read. Executes nothing."""
     try:
         reader = torch._C.PyTorchFileReader(str(path))  # the reader that torch.export.load uses
         names = reader.get_all_records()
@@ -70,8 +67,9 @@ def check_archive(path: Path) -> None:
                 _check_config(path, json.loads(reader.get_record(record)))
         model = json.loads(reader.get_record("models/model.json"))
     except (RuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UnreadableFile(f"{path} is truncated or damaged: {reason}", hint="copy or download it again") from error
+        raise UnreadableFile(
+            f"{path} is truncated or damaged: {first_line(error)}", hint="copy or download it again"
+        ) from error
     for key, value in _strings(model):
         check = _CHECKS.get(key)
         if check is not None and not check(value):

@@ -19,6 +19,7 @@ from moeify.frontend.hf_folder import read_folder
 from moeify.frontend.inputs import Example
 from moeify.frontend.pickles import read_pickle
 from moeify.frontend.pt2 import read_pt2
+from moeify.frontend.reasons import first_line
 from moeify.frontend.sniff import HF, PT2, SAFETENSORS, TORCHSCRIPT, sniff
 from moeify.frontend.state_dicts import build, unwrap
 
@@ -41,12 +42,10 @@ class Loaded:
 
 
 def load(path: str | Path, *, factory: str | None = None, allow: Sequence[str] = ()) -> Loaded:
-    """Read a pickled module of torch.nn classes, a state_dict (with ``factory``), a ``.pt2`` or a Hugging
-    Face folder.
+    """Read a pickled module of torch.nn classes, a state_dict (with ``factory``), a ``.pt2`` or a Hugging Face folder.
 
-    ``factory`` is ``pkg.mod:function``; ``allow`` are module paths whose classes a pickle may use besides
-    torch.nn's. The module
-    is in eval mode. Raises an InputError: UnreadableFile, UnsafePickle, TorchScriptFile, StateDictMismatch,
+    ``factory`` is ``pkg.mod:function``; ``allow`` are module paths whose classes a pickle may use besides torch.nn's.
+    The module is in eval mode. Raises an InputError: UnreadableFile, UnsafePickle, TorchScriptFile, StateDictMismatch,
     NonFiniteWeights; UsageError for a factory that does not work.
     """
     path = Path(path)
@@ -71,6 +70,7 @@ def load(path: str | Path, *, factory: str | None = None, allow: Sequence[str] =
     else:
         thing = _read_safetensors(path) if kind == SAFETENSORS else read_pickle(path, kind, allow)
         module = _module(path, thing, factory, notes)
+    _check_whole(path, module)
     for submodule in module.modules():
         submodule.training = False
     _check_finite(path, module)
@@ -104,32 +104,52 @@ def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
         return safetensors.torch.load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
         raise UnreadableFile(
-            f"{path} is truncated or damaged: {str(error).strip().splitlines()[0]}",
+            f"{path} is truncated or damaged: {first_line(error)}",
             hint="copy or download it again",
         ) from error
 
 
+def _check_whole(path: Path, module: nn.Module) -> None:
+    """A pickle sets the attributes of a module, and may set what no constructor would. Raises UnreadableFile."""
+    try:
+        tensors = [*module.parameters(), *module.buffers()]
+        whole = all(isinstance(t, torch.Tensor) for t in tensors)
+    except (AttributeError, TypeError):
+        whole = False
+    if not whole:
+        raise UnreadableFile(
+            f"{path} is damaged: it holds a {type(module).__name__} with parts that are neither modules nor tensors",
+            hint="copy or download it again",
+        )
+
+
 def _check_finite(path: Path, module: nn.Module) -> None:
-    """Raises NonFiniteWeights naming the parameters that hold NaN or infinity."""
-    bad = [
-        name
-        for name, value in module.named_parameters()
-        if not value.is_meta and value.is_floating_point() and not _is_finite(value)
-    ]
+    """Raises NonFiniteWeights naming the parameters that hold NaN or infinity, and the buffers that hold NaN.
+
+    Infinity in a buffer is a mask.
+    """
+    bad = [name for name, value in module.named_parameters() if not _is_sound(value, infinity=False)]
+    bad += [name for name, value in module.named_buffers() if not _is_sound(value, infinity=True)]
     if bad:
         more = f" and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""
         raise NonFiniteWeights(
-            f"{len(bad)} parameters of {path} hold NaN or infinity: {', '.join(bad[:_SHOWN])}{more}"
+            f"{len(bad)} weights of {path} hold NaN or infinity: {', '.join(bad[:_SHOWN])}{more}"
             if len(bad) > 1
-            else f"the parameter {bad[0]} of {path} holds NaN or infinity",
+            else f"the weight {bad[0]} of {path} holds NaN or infinity",
             hint="the training run that wrote it has diverged: take an earlier checkpoint",
         )
 
 
-def _is_finite(value: torch.Tensor) -> bool:
+def _is_sound(value: torch.Tensor, infinity: bool) -> bool:
+    if value.is_meta or not value.is_floating_point() or not value.numel():
+        return True
     with torch.no_grad():
-        low, high = torch.aminmax(value) if value.numel() else (torch.zeros(()), torch.zeros(()))
-    return bool(low.isfinite() and high.isfinite())  # NaN reaches both
+        if value.layout is not torch.strided:
+            value = value.to_dense()
+        if value.element_size() == 1:  # aminmax knows no float8
+            value = value.float()
+        low, high = torch.aminmax(value)
+    return not bool(low.isnan()) if infinity else bool(low.isfinite() and high.isfinite())  # NaN reaches both
 
 
 def _digest(path: Path) -> str:

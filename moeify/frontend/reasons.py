@@ -17,6 +17,11 @@ _DATA_DEPENDENT = (
 )
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, its class where it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def not_exportable(module: nn.Module, error: Exception) -> NotExportable:
     """The error to raise for a failure of torch.export."""
     text = str(error).strip()

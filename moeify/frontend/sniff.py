@@ -25,7 +25,7 @@ _MAGIC = {
     b"\x7fELF": "an ELF binary",
     b"\x93NUMPY": "a NumPy array",
 }
-_LFS = b"version https://git-lfs.github.com"
+LFS = b"version https://git-lfs.github.com"
 
 
 def sniff(path: Path) -> str:
@@ -56,7 +56,7 @@ def _file(path: Path) -> str:
         head = file.read(512)
     if not head:
         raise UnreadableFile(f"{path} is empty")
-    if head.startswith(_LFS):
+    if head.startswith(LFS):
         raise UnreadableFile(
             f"{path} is a git-lfs pointer, not the file it points to", hint="fetch it with git lfs pull"
         )
@@ -78,12 +78,18 @@ def _zip(path: Path) -> str:
     try:
         with zipfile.ZipFile(path) as archive:
             names = [name.partition("/")[2] or name for name in archive.namelist()]
-    except (zipfile.BadZipFile, ValueError) as error:
+            unpacked = sum(record.file_size for record in archive.infolist())
+    except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
         raise UnreadableFile(f"{path} is truncated or damaged", hint="copy or download it again") from error
-    if "archive_format" in names and any(n.startswith("models/") for n in names):
-        return PT2
     if "constants.pkl" in names and any(n.startswith("code/") for n in names):
         return TORCHSCRIPT
+    if unpacked > path.stat().st_size:  # torch never compresses: records that share bytes, or a zip bomb
+        raise UnreadableFile(
+            f"{path} would unpack to {unpacked} bytes, more than the file has",
+            hint="save it with torch.save or torch.export.save, which do not compress",
+        )
+    if "archive_format" in names and any(n.startswith("models/") for n in names):
+        return PT2
     if "data.pkl" in names:
         return PICKLE
     if "serialized_exported_program.json" in archive.namelist():

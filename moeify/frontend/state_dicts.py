@@ -16,7 +16,9 @@ _WRAPPERS = ("state_dict", "model_state_dict", "model")  # keys under which trai
 
 
 def is_state_dict(thing: Any) -> bool:
-    return isinstance(thing, Mapping) and bool(thing) and all(isinstance(value, Tensor) for value in thing.values())
+    if not isinstance(thing, Mapping) or not thing:
+        return False
+    return all(isinstance(name, str) and isinstance(value, Tensor) for name, value in thing.items())
 
 
 def unwrap(thing: Any) -> tuple[Mapping[str, Tensor], str | None] | None:
@@ -31,8 +33,7 @@ def unwrap(thing: Any) -> tuple[Mapping[str, Tensor], str | None] | None:
 
 
 def build(path: Path, state: Mapping[str, Tensor], factory: str | None) -> nn.Module:
-    """The factory's module with the weights of the state_dict. Raises UnreadableFile, StateDictMismatch,
-    UsageError."""
+    """The factory's module with the weights of the state_dict. Raises UnreadableFile, StateDictMismatch, UsageError."""
     if factory is None:
         raise UnreadableFile(
             f"{path} is a state_dict: weights without a model",
@@ -57,7 +58,11 @@ def build(path: Path, state: Mapping[str, Tensor], factory: str | None) -> nn.Mo
         if extra and all(name.startswith("module.") for name in extra):
             hint = "the names start with module.: save model.module.state_dict() of the DataParallel wrapper"
         raise StateDictMismatch(f"{path} does not fit the module that {factory} builds{''.join(lines)}", hint=hint)
-    module.load_state_dict(dict(state), assign=any(p.is_meta for p in module.parameters()))
+    try:
+        module.load_state_dict(dict(state), assign=any(p.is_meta for p in module.parameters()))
+    except Exception as error:  # sparse tensors, and hooks of the user's own
+        reason = " ".join(str(error).split())
+        raise StateDictMismatch(f"{path} does not load into the module that {factory} builds: {reason}") from error
     return module
 
 

@@ -42,16 +42,13 @@ Inputs = Sequence[str] | Sequence[TensorSpec] | Sequence[Example] | Mapping[str,
 def capture(module: nn.Module, inputs: Inputs = None, *, fixed: bool = False) -> Program:
     """Capture a model as a Program whose graph computes what the model computes in eval mode.
 
-    ``inputs`` are specs (``"input_ids=int64[batch=2,seq=16]"``), named tensors, or tensors by position; None
-    asks the model itself
-    and then guesses by its first layers. Batch and sequence are dynamic unless ``fixed``. The module is left
-    as it was.
+    ``inputs`` are specs (``"input_ids=int64[batch=2,seq=16]"``), named tensors, or tensors by position; None asks the
+    model itself and then guesses by its first layers. Batch and sequence are dynamic unless ``fixed``. The module is
+    left as it was.
 
-    ``program.provenance`` then holds: ``notes`` (list of lines for people), ``capture_error`` (maximum
-    relative error of the graph
-    against the model, None on the meta device), ``attention_dropout`` (dropout of each attention call in
-    training, graph
-    order), ``model`` (class name), ``torch`` (version).
+    ``program.provenance`` then holds: ``notes`` (list of lines for people), ``capture_error`` (maximum relative error
+    of the graph against the model, None on the meta device), ``attention_dropout`` (dropout of each attention call in
+    training, graph order), ``model`` (class name), ``torch`` (version).
 
     Raises NotExportable, BadInputSpec.
     """
@@ -126,8 +123,7 @@ def resolve(module: nn.Module, inputs: Inputs, notes: list[str]) -> list[Example
 
 
 def _with_usual_dims(tensors: Mapping[str, Tensor]) -> list[Example]:
-    """Batch first, then the sequence: the second of two dimensions of integers, of three dimensions of
-    floats.
+    """Batch first, then the sequence: the second of two dimensions of integers, of three dimensions of floats.
 
     Sequences of different lengths get different names.
     """
@@ -179,8 +175,7 @@ def _export(module: nn.Module, examples: list[Example]) -> ExportedProgram:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """torch.export prints and logs what it then raises, and warns about flat LSTM weights that it puts back
-    itself."""
+    """torch.export prints and logs what it then raises, and warns about flat LSTM weights that it puts back itself."""
     level = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:

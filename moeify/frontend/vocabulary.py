@@ -36,8 +36,7 @@ class _WatchEmbeddings(TorchFunctionMode):
 
 
 def make_examples(module: nn.Module, specs: Sequence[TensorSpec]) -> list[Example]:
-    """Tensors for named specs. Integers without a bound stay below the rows of the embedding that reads
-    them."""
+    """Tensors for named specs. Integers without a bound stay below the rows of the embedding that reads them."""
     device = next((p.device for p in module.parameters()), torch.device("cpu"))
     rows: dict[str, int] = {}
     if any(spec.below is None and _is_index(spec) for spec in specs):

@@ -6,7 +6,6 @@ import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import fx
@@ -38,7 +37,7 @@ class Emitter:
         """A call of an operator, or of operator.getitem."""
         with self.program.graph.inserting_before(self.before):
             node = self.program.graph.create_node("call_function", op, args, kwargs, _plain_name(op))
-        node.meta["val"] = fake_result(node, self.example.fake_mode)
+        node.meta["val"] = fake_result(self.program, node, self.example.fake_mode)
         return self._finish(node, role)
 
     def parameter(self, role: str, name: str) -> fx.Node:
@@ -49,6 +48,7 @@ class Emitter:
         # A pending parameter is still on the meta device; in the graph it stands where the block computes.
         device = self.example.device
         node.meta["val"] = _remembered(
+            self.program,
             self.example.fake_mode,
             ("parameter", value.shape, value.dtype, device),
             lambda: torch.empty(value.shape, dtype=value.dtype, device=device),
@@ -71,25 +71,24 @@ def _plain_name(op: Any) -> str:
     return op._schema.name.partition("::")[2] if isinstance(op, torch._ops.OpOverload) else op.__name__
 
 
-# Layers repeat, and a fake result depends on the arguments' metadata only: one run of an operator serves all layers.
-_RESULTS: WeakKeyDictionary[FakeTensorMode, dict[Any, Any]] = WeakKeyDictionary()
+def fake_result(program: Program, node: fx.Node, mode: FakeTensorMode) -> Any:
+    """What the node computes, as a fake value, from the fake values of its arguments.
 
-
-def fake_result(node: fx.Node, mode: FakeTensorMode) -> Any:
-    """What the node computes, as a fake value, from the fake values of its arguments."""
+    Layers repeat, and a fake result depends on the arguments' metadata only: one run of an operator serves all layers.
+    """
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
     if node.target is operator.getitem:
         return args[0][args[1]]  # type: ignore[index]
     key = node.target, _describe(args), _describe(tuple(kwargs.items()))
-    return _remembered(mode, key, lambda: node.target(*args, **kwargs))  # type: ignore[operator]
+    return _remembered(program, mode, key, lambda: node.target(*args, **kwargs))  # type: ignore[operator]
 
 
-def _remembered(mode: FakeTensorMode, key: Any, compute: Callable[[], Any]) -> Any:
-    known = _RESULTS.setdefault(mode, {})
-    if key not in known:
+def _remembered(program: Program, mode: FakeTensorMode, key: Any, compute: Callable[[], Any]) -> Any:
+    # On the program: a fake value holds its mode, so a table beside the programs would keep every capture alive.
+    if key not in program.fakes:
         with mode:
-            known[key] = compute()
-    return known[key]
+            program.fakes[key] = compute()
+    return program.fakes[key]
 
 
 def _describe(value: Any) -> Any:

@@ -58,6 +58,7 @@ class Program:
     pending: dict[str, WeightRecipe] = field(default_factory=dict)
     history: list[HistoryEntry] = field(default_factory=list)
     provenance: dict[str, Any] = field(default_factory=dict)  # source file, digest, versions, capture mode and notes
+    fakes: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)  # see ir.emit
 
     @property
     def graph(self) -> fx.Graph:
@@ -95,10 +96,10 @@ class Program:
         delattr(module, leaf)
         module.register_buffer(leaf, value)
 
-    def add_recipe(self, recipe: WeightRecipe) -> None:
+    def add_recipe(self, recipe: WeightRecipe, requires_grad: bool = True) -> None:
         """A new parameter on the meta device whose value ``materialise`` will compute."""
         self.pending[recipe.name] = recipe
-        self.set_parameter(recipe.name, torch.empty(recipe.shape, dtype=recipe.dtype, device="meta"))
+        self.set_parameter(recipe.name, torch.empty(recipe.shape, dtype=recipe.dtype, device="meta"), requires_grad)
 
     def materialise(self, done: Callable[[str], None] | None = None) -> None:
         """Compute every pending parameter, one at a time, in order; ``done`` hears of each.
@@ -112,7 +113,7 @@ class Program:
             for name in {ref.parameter for ref in recipe.sources}:
                 left[name] = left.get(name, 0) + 1
         for name, recipe in list(self.pending.items()):
-            self.set_parameter(name, recipe.materialise(self.parameter))
+            self.set_parameter(name, recipe.materialise(self.parameter), self.parameter(name).requires_grad)
             del self.pending[name]
             for source in {ref.parameter for ref in recipe.sources}:
                 left[source] -= 1

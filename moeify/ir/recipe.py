@@ -34,6 +34,9 @@ class BlockRecipe:
             value, least = getattr(self, name), 0 if name == "shared" else 1
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise BadRecipe(f"{_flag(name)} is {value!r}: it must be a whole number of at least {least}")
+        for name in ("method", "router"):
+            _check_type(name, getattr(self, name), str, "a text")
+        _check_type("shared_gate", self.shared_gate, bool, "true or false")
         if self.top_k > self.experts:
             raise BadRecipe(
                 f"top-k {self.top_k} is larger than the number of experts, {self.experts}",
@@ -59,7 +62,13 @@ class Recipe(BlockRecipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _check_type("blocks", self.blocks, str, "a text")
+        _check_type("seed", self.seed, int, "a whole number")
+        kinds = self.include if isinstance(self.include, (tuple, list)) else (None,)
+        if not all(isinstance(kind, str) for kind in kinds):
+            raise BadRecipe(f"include is {self.include!r}: it must be a list of texts")
         for glob, fields in self.overrides:
+            _check_type("blocks of an override", glob, str, "a text")
             _check_names(fields, _block_fields(), f"override {glob!r}")
             self._with(fields)
 
@@ -88,13 +97,15 @@ class Recipe(BlockRecipe):
         data = dict(data)
         overrides = data.pop("overrides", None) or data.pop("override", None) or []
         _check_names(data, {f.name for f in dataclasses.fields(cls)}, "recipe")
+        if not isinstance(overrides, list) or not all(isinstance(entry, Mapping) for entry in overrides):
+            raise BadRecipe(f"override is {overrides!r}: it must be a list of tables", hint="write [[override]]")
         split = []
         for entry in overrides:
-            entry = dict(entry)
+            entry = {key.replace("-", "_"): value for key, value in entry.items()}
             if "blocks" not in entry:
                 raise BadRecipe("an override does not say which blocks", hint='add blocks = "encoder.layer.*"')
             split.append((entry.pop("blocks"), entry))
-        if "include" in data:
+        if isinstance(data.get("include"), list):
             data["include"] = tuple(data["include"])
         return cls(**data, overrides=tuple(split))
 
@@ -116,6 +127,11 @@ def _check_names(data: Mapping[str, Any], known: set[str], where: str) -> None:
     unknown = sorted(set(data) - known)
     if unknown:
         raise BadRecipe(f"the {where} has no field {unknown[0]!r}", hint=f"its fields: {', '.join(sorted(known))}")
+
+
+def _check_type(name: str, value: object, kind: type, what: str) -> None:
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise BadRecipe(f"{_flag(name)} is {value!r}: it must be {what}")
 
 
 def _flag(name: str) -> str:

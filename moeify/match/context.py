@@ -10,7 +10,7 @@ from typing import Any
 from torch import fx
 
 from moeify.match.axes import reordering
-from moeify.match.linear import Linear
+from moeify.match.linear import LINEAR_NAMES, Linear
 from moeify.match.ops import (
     CASTS,
     DROPOUT,
@@ -31,23 +31,22 @@ from moeify.match.region import through_moves
 _FORWARD = 80  # nodes looked at after a candidate
 _BACKWARD = 600  # nodes looked at between a residual operand and the candidate's input
 _LINEAR_OPS = VIEWS | SAME | CASTS | DROPOUT | {"getitem", "expand", "add", "sub", "neg", "cat", "slice", "chunk"}
-_ADDS = {"add", "sub", "rsub"}
+_ADDS = {"add", "sub", "rsub", "addcmul", "lerp"}
+_DERIVED = 12  # nodes looked at between a residual operand and the tensor that it is a scaled or cast copy of
 
 
 @dataclass
 class Surroundings:
     """Where a candidate's result goes."""
 
-    residual: fx.Node | None = None  # the operand that the result is added to
+    residual: fx.Node | None = None  # the ancestor of the input that the result is added to, as it is or rescaled
     scales_input: bool = False
     broadcast: bool = False
     terminal: bool = False
     feeds_chain: bool = False
 
 
-def surroundings(
-    x: fx.Node, y: fx.Node, linears: Mapping[fx.Node, Linear], order: Mapping[fx.Node, int]
-) -> Surroundings:
+def surroundings(x: fx.Node, y: fx.Node, order: Mapping[fx.Node, int]) -> Surroundings:
     """Follow the result forward over row-wise nodes until it meets an ancestor of ``x``."""
     found = Surroundings()
     heap: list[tuple[int, fx.Node, bool]] = [(order[y], y, False)]
@@ -63,28 +62,28 @@ def surroundings(
                 continue
             name = name_of(user)
             if not is_row_wise(user):
-                if name in _LINEAR_NAMES and bent:
+                if name in LINEAR_NAMES and bent:
                     found.feeds_chain = True
                 continue
             others = [n for n in data_inputs(user) if n not in seen and not is_constant(n)]
             if name in _ADDS or name == "mul":
                 for other in others:
+                    same_size = hints(other) == hints(user) == hints(node)
                     if not is_ancestor(other, x, order):
+                        if name != "mul" and same_size and (origin := _origin(other, x, order)) is not None:
+                            found.residual = origin
+                            return found
                         continue
                     if name == "mul":
                         found.scales_input = True
-                        return found
-                    if hints(other) != hints(user) or hints(node) != hints(user):
+                    elif not same_size:
                         found.broadcast = True
-                        return found
-                    found.residual = other
+                    else:
+                        found.residual = other
                     return found
             curved = is_pointwise(user) and name not in _LINEAR_OPS | {"mul", "div"}
             heapq.heappush(heap, (order[user], user, bent or curved))
     return found
-
-
-_LINEAR_NAMES = {"linear", "addmm", "mm", "matmul", "einsum", "conv1d", "conv2d", "convolution"}
 
 
 def is_ancestor(node: fx.Node, of: fx.Node, order: Mapping[fx.Node, int]) -> bool:
@@ -103,6 +102,22 @@ def is_ancestor(node: fx.Node, of: fx.Node, order: Mapping[fx.Node, int]) -> boo
                 seen.add(before)
                 pending.append(before)
     return False
+
+
+def _origin(node: fx.Node, x: fx.Node, order: Mapping[fx.Node, int]) -> fx.Node | None:
+    """The ancestor of ``x`` that ``node`` is a scaled, cast or gated copy of."""
+    pending, seen = [node], {node}
+    while pending and len(seen) < _DERIVED:
+        derived = pending.pop()
+        if not (is_pointwise(derived) or name_of(derived) in SAME | DROPOUT | VIEWS):
+            continue
+        for before in data_inputs(derived):
+            if is_ancestor(before, x, order):
+                return before
+            if before not in seen and not is_constant(before):
+                seen.add(before)
+                pending.append(before)
+    return None
 
 
 def chain_above(x: fx.Node, linears: Mapping[fx.Node, Linear]) -> Linear | None:

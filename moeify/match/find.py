@@ -11,7 +11,7 @@ from moeify.ir.block import Block, CallSite, NearMiss, WeightRef
 from moeify.ir.where import common_path, module_path, source_line
 from moeify.match import context
 from moeify.match.axes import MixesRows
-from moeify.match.linear import Linear, linears
+from moeify.match.linear import LINEAR_NAMES, Linear, linears
 from moeify.match.ops import data_inputs, is_pointwise, name_of, shape
 from moeify.match.owner import Modules, Place
 from moeify.match.probe import Probe, probe
@@ -76,6 +76,7 @@ class _Search:
         graph = graph_module.graph
         self.order = {node: index for index, node in enumerate(graph.nodes)}
         self.linears = linears(graph)
+        self.by_core = {linear.core: linear for linear in self.linears.values()}
         self.modules = Modules(graph)
         self.batch_sizes = frozenset(
             str(shape(node)[0])
@@ -104,12 +105,24 @@ class _Search:
         for linear in heads:
             if linear not in used and context.is_head(linear, self.order):
                 self._miss(module_path(linear.core), "an output head: its result is the model's output", linear.core)
+        self._note_regions()
         self.found.near_misses = list(self.missed.values())
         self.found.blocks = list(self.by_weights.values())
         return self.found
 
     def _miss(self, path: str, reason: str, node: fx.Node) -> None:
         self.missed.setdefault((path, reason), NearMiss(path, reason, source_line(node)))
+
+    def _note_regions(self) -> None:
+        """Name the subgraphs that hold layers and are not searched."""
+        for node in self.graph_module.graph.nodes:
+            if node.op != "get_attr":
+                continue
+            body = getattr(self.graph_module, str(node.target), None)
+            if isinstance(body, fx.GraphModule) and any(name_of(n) in LINEAR_NAMES for n in body.graph.nodes):
+                for user in node.users:
+                    reason = f"it is inside a {user.target} region (autocast or control flow), which is not searched"
+                    self._miss(module_path(user), reason, user)
 
     def _accept(self, region: Region) -> None:
         """Record a call of a block. Raises _Refused or _NotACandidate."""
@@ -122,7 +135,7 @@ class _Search:
         x, d_in, d_ff = ups[0].x, ups[0].d_in, down.d_in
         rows = context.row_kind(x, ups[0].x_axis, self.batch_sizes, self.linears)
         found = self._probe(region)
-        around = context.surroundings(x, down.node, self.linears, self.order)
+        around = context.surroundings(x, down.node, self.order)
         reason = context.refusal(x, down, d_in, d_ff, around, rows, self.linears, self.order)
         if reason:
             raise _Refused(reason)
@@ -150,12 +163,11 @@ class _Search:
         readers = outside_readers(region)
         if not readers:
             return
-        by_core = {linear.core: linear for linear in self.linears.values()} if len(readers) < 8 else {}
         reader = readers[0]
-        if reader in by_core and adapter(
-            [u for user in by_core[reader].node.users if (u := by_core.get(user))], self.linears
-        ):
-            raise _Refused(_LORA)
+        if reader in self.by_core:
+            fed = [self.by_core[user] for user in self.by_core[reader].node.users if user in self.by_core]
+            if adapter(fed, self.linears):
+                raise _Refused(_LORA)
         if reader.op == "output":
             raise _Refused("the hidden value is also an output of the model")
         raise _Refused(f"the hidden value is also read by {name_of(reader) or reader.name}")
@@ -229,7 +241,7 @@ class _Search:
 
     def _anchor(self, place: Place, region: Region) -> str:
         taken = {block.anchor for block in self.by_weights.values()}
-        up_path = self.modules._layer_path(region.ups[0])
+        up_path = self.modules.layer_path(region.ups[0])
         anchor = place.owner or up_path or (f"{place.path}.moe" if place.path else "moe")
         name, count = anchor, 1
         while name in taken:

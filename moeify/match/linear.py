@@ -289,3 +289,4 @@ _READERS: dict[str, Callable[[fx.Node], Linear | None]] = {
     "conv3d": _conv,
     "convolution": _conv,
 }
+LINEAR_NAMES = frozenset(_READERS)

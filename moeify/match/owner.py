@@ -42,13 +42,13 @@ class Modules:
         block = {n for layer in layers for n in (layer.node, layer.core)} | set(region.nodes)
         path = common_path([module_path(layer.core) for layer in layers])
         key = _common_key(layer.core for layer in layers)
-        paths = tuple(p for layer in layers if (p := self._layer_path(layer)))
+        paths = tuple(p for layer in layers if (p := self.layer_path(layer)))
         found = self._owned(key, region, block) if key else None
         if found is None:
             return Place(path, None, 0.0, paths)
         return Place(path, path, found, paths)
 
-    def _layer_path(self, layer: Linear) -> str | None:
+    def layer_path(self, layer: Linear) -> str | None:
         """The module that is exactly this linear layer."""
         if layer.weight is None:
             return None

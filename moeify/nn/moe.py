@@ -62,7 +62,8 @@ class MoE(nn.Module):
     ``down_bias``; the shared FFN has the same ones. ``activation`` is a name of ``moeify.ir.activations`` or a module
     over rows, called with (u) or (u, g) and giving the hidden value, gate product included. ``hidden_dropout`` acts in
     training mode, and only with a named activation. ``shared`` is the width of the shared FFN, all always-on experts
-    together. Parameters are drawn as in torch.nn.Linear, the router's excepted; on the meta device they are left alone.
+    together; where it is a multiple of ``d_expert`` the module sees rows of that width. Parameters are drawn as in
+    torch.nn.Linear, the router's excepted; on the meta device they are left alone.
 
     Raises UsageError for arguments that contradict each other, UnknownName for an unknown activation.
     """
@@ -135,8 +136,12 @@ class MoE(nn.Module):
         if self.region is None:
             return ffn(x_TD, *weights.roles(), self.activation, self.hidden_dropout, self.training)
         up, gate, down, up_bias, gate_bias, down_bias = weights.roles()
+        pre_up = F.linear(x_TD, up, up_bias)
         pre_gate = None if gate is None else F.linear(x_TD, gate, gate_bias)
-        return F.linear(self._hidden(F.linear(x_TD, up, up_bias), pre_gate), down, down_bias)
+        # The module may hold a norm or parameters over the width of one expert.
+        width = self.d_expert if up.shape[0] % self.d_expert == 0 else up.shape[0]
+        hidden = self._hidden(pre_up.reshape(-1, width), None if pre_gate is None else pre_gate.reshape(-1, width))
+        return F.linear(hidden.reshape(pre_up.shape), down, down_bias)
 
     def _hidden(self, pre_up: Tensor, pre_gate: Tensor | None) -> Tensor:
         if self.region is not None:

@@ -21,6 +21,8 @@ from moeify.surgery.region import has_tensor
 from moeify.surgery.replace import rewrite
 from moeify.surgery.tensors import assign, collect
 
+_NAMES = ("token_ids_of", "weights", "buffers", "aliases")  # fields that give a name by name
+
 
 def load(folder: str | Path, *, factory: skeleton.Factory | str | None = None, allow: Sequence[str] = ()) -> nn.Module:
     """Read a checkpoint folder: the model in eval mode, on the CPU.
@@ -42,14 +44,15 @@ def load(folder: str | Path, *, factory: skeleton.Factory | str | None = None, a
             provenance=data["provenance"],
             factory=factory if isinstance(factory, str) else data["skeleton"].get("factory"),
         )
-    except (BadRecipe, KeyError, TypeError) as error:
+        report = Report.from_dict(data["report"]) if data["report"] is not None else None
+        _check_skeleton(model, conversion, folder)
+        rewrite(model, conversion, known=None)
+    except (BadRecipe, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise _not_understood(folder, error) from error
-    _check_skeleton(model, conversion, folder)
-    rewrite(model, conversion, known=None)
     _fill(model, folder, data)
     guard(model)
-    if data["report"] is not None:
-        object.__setattr__(model, REPORT, Report.from_dict(data["report"]))
+    if report is not None:
+        object.__setattr__(model, REPORT, report)
     return model.eval()
 
 
@@ -70,9 +73,13 @@ def _read_marker(folder: Path) -> dict[str, Any]:
             where=str(folder),
             hint="install the version of moeify that wrote it",
         )
-    missing = [key for key in FIELDS if key not in data]
-    if missing:
-        raise UnreadableFile(f"{folder / MARKER} has no field {missing[0]!r}")
+    for name, kinds in FIELDS.items():
+        if name not in data:
+            raise UnreadableFile(f"{folder / MARKER} has no field {name!r}")
+        value = data[name]
+        texts = value.values() if name in _NAMES and isinstance(value, dict) else value if name == "frozen" else ()
+        if not isinstance(value, kinds) or not all(isinstance(text, str) for text in texts):
+            raise UnreadableFile(f"{folder / MARKER} has something else than it should in its field {name!r}")
     return data
 
 
@@ -141,4 +148,4 @@ def _some(names: set[str]) -> str:
 
 
 def _not_understood(folder: Path, error: Exception) -> UnreadableFile:
-    return UnreadableFile(f"{folder / MARKER} does not make sense: {error}")
+    return UnreadableFile(f"{folder / MARKER} does not make sense: {type(error).__name__}: {error}")

@@ -29,7 +29,7 @@ _TRANSFORMERS_FILES = re.compile(
     r"|(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)"
 )
 _INDEX = "model.safetensors.index.json"
-_NOTE = "a mixture of experts made by moeify: read this folder with moeify.surgery.load"
+_NOTE = "a mixture of experts made by moeify: open this folder with moeify.load"
 
 
 class SavePretrained:

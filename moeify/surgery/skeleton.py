@@ -7,7 +7,6 @@ when the caller names it.
 
 from __future__ import annotations
 
-import importlib
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,6 +16,7 @@ from typing import Any
 from torch import nn
 
 from moeify.errors import InputError, UnreadableFile, UsageError
+from moeify.frontend.importing import user_module
 
 Factory = Callable[[], nn.Module]
 
@@ -118,10 +118,10 @@ def _import(module: str, name: str, allow: Sequence[str]) -> Any:
     if not any(module == prefix or module.startswith(prefix + ".") for prefix in allow):
         raise InputError(
             f"the checkpoint asks to import {module}:{name}; nothing was imported",
-            hint=f"if you trust it, pass allow=({module.split('.')[0]!r},)",
+            hint=f"if you trust it: --allow {module}, or allow=({module!r},) in Python",
         )
     try:
-        found: Any = importlib.import_module(module)
+        found: Any = user_module(module)
         for part in name.split("."):
             found = getattr(found, part)
     except (ImportError, AttributeError) as error:

@@ -16,6 +16,7 @@ import torch
 from torch import fx
 
 from moeify.ir import metadata
+from moeify.ir.difference import relative_error
 from moeify.ir.program import Program, flat
 
 Key = tuple[str, int]
@@ -76,28 +77,6 @@ def outputs_error(outputs: list[torch.Tensor], reference: list[torch.Tensor]) ->
     if len(outputs) != len(reference):
         return float("inf")
     return max((relative_error(a, b) for a, b in zip(outputs, reference)), default=0.0)
-
-
-def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:
-    """max abs(value - reference) / max abs(reference), in float64; infinite where shapes or finiteness differ.
-
-    Positions where both hold the same infinity (masked scores) count as equal. An empty tensor has no error.
-    """
-    if value.shape != reference.shape:
-        return float("inf")
-    if value.numel() == 0:
-        return 0.0
-    a, b = value.detach().double(), reference.detach().double()
-    finite = torch.isfinite(b)
-    if not torch.equal(torch.isfinite(a), finite) or not torch.equal(a[~finite].nan_to_num(), b[~finite].nan_to_num()):
-        return float("inf")
-    if not finite.any():
-        return 0.0
-    difference = (a[finite] - b[finite]).abs().max().item()
-    scale = b[finite].abs().max().item()
-    if scale == 0.0:
-        return 0.0 if difference == 0.0 else float("inf")
-    return difference / scale
 
 
 def tolerance_for(program: Program) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
-from tests.architectures import attention, blocks, language, perception, refusals
+from tests.architectures import attention, blocks, language, perception, refusals, unusual
 
-ARCHITECTURES = {one.name: one for module in (language, perception, attention, blocks, refusals) for one in module.ALL}
+_MODULES = (language, perception, attention, blocks, refusals, unusual)
+ARCHITECTURES = {one.name: one for module in _MODULES for one in module.ALL}

@@ -7,12 +7,14 @@ train flag).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import nn
 
+from moeify.errors import BadOption
 from moeify.registry import render
 
 
@@ -34,6 +36,12 @@ class RouterSpec:
     name: ClassVar[str] = ""
     mixes_tokens: ClassVar[bool] = False  # a token's experts depend on other tokens
     needs_token_ids: ClassVar[bool] = False
+
+    def _check_at_least_zero(self, option: str, hint: str | None = None) -> None:
+        value = getattr(self, option)
+        if not 0 <= value < math.inf:
+            what = f"{self.name}.{option.replace('_', '-')} is {value}: it must be a finite number of at least 0"
+            raise BadOption(what, hint=hint)
 
     @property
     def gates_sum_to_one(self) -> bool:

@@ -21,6 +21,9 @@ class NoisyTopK(RouterSpec):
 
     init_std: float = 0.0
 
+    def __post_init__(self) -> None:
+        self._check_at_least_zero("init_std")
+
     @property
     def gates_sum_to_one(self) -> bool:
         return True

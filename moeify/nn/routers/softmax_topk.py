@@ -22,6 +22,9 @@ class SoftmaxTopK(RouterSpec):
     renormalise: bool = True
     init_std: float = 0.02
 
+    def __post_init__(self) -> None:
+        self._check_at_least_zero("init_std")
+
     @property
     def gates_sum_to_one(self) -> bool:
         return self.renormalise

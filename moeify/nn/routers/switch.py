@@ -25,11 +25,10 @@ class Switch(RouterSpec):
     init_std: float = 0.02
 
     def __post_init__(self) -> None:
-        if self.capacity_factor < 0:
-            raise BadOption(
-                f"switch.capacity-factor is {self.capacity_factor}: it must not be negative",
-                hint="0 means that there is no limit",
-            )
+        self._check_at_least_zero("capacity_factor", hint="0 means that there is no limit")
+        self._check_at_least_zero("init_std")
+        if not 0 <= self.jitter <= 1:
+            raise BadOption(f"switch.jitter is {self.jitter}: it must be between 0 and 1")
 
     @property
     def gates_sum_to_one(self) -> bool:
