@@ -2,4 +2,10 @@
 
 from moeify.registry import Registry
 
-BACKENDS = Registry("backend", {"pt2": "moeify.backends.pt2:Pt2"})
+BACKENDS = Registry(
+    "backend",
+    {
+        "pt2": "moeify.backends.pt2:Pt2",
+        "onnxruntime": "moeify.backends.onnxruntime.backend:OnnxRuntime",
+    },
+)

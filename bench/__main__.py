@@ -13,7 +13,7 @@ def main() -> int:
     failed = 0
     for script in sorted(HERE.glob("bench_*.py")):
         print(f"\n== {script.relative_to(HERE.parent)}", flush=True)
-        failed += subprocess.run([sys.executable, script], check=False).returncode != 0
+        failed += subprocess.run([sys.executable, "-m", f"bench.{script.stem}"], check=False).returncode != 0
     return 1 if failed else 0
 
 

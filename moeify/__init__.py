@@ -30,6 +30,7 @@ _EXPORTS = {
     "inspect_file": "moeify.api.inspect",
     "convert_file": "moeify.api.convert",
     "verify_files": "moeify.api.verify",
+    "export_file": "moeify.api.export",
     "Recipe": "moeify.ir.recipe",
     "Report": "moeify.ir.report",
     "MoeifyError": "moeify.errors",

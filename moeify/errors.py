@@ -127,3 +127,7 @@ class VerificationFailed(MoeifyError):
 
 class OutputNotWritten(MoeifyError):
     """The result could not be written. What was there before is untouched."""
+
+
+class RuntimeUnavailable(MoeifyError):
+    """A runtime, a provider of it, or a version of it that this needs is not here."""

@@ -82,7 +82,8 @@ def test_public_names() -> None:
     import moeify
 
     assert moeify.__all__ == [
-        "__version__", "convert", "load", "inspect_file", "convert_file", "verify_files", "Recipe", "Report",
+        "__version__", "convert", "load", "inspect_file", "convert_file", "verify_files", "export_file", "Recipe",
+        "Report",
         "MoeifyError",
     ]  # fmt: skip
     for name in moeify.__all__:
@@ -93,3 +94,11 @@ def test_version_is_the_packages() -> None:
     import moeify
 
     assert moeify.__version__ == PROJECT["project"]["version"]
+
+
+def test_make_alone_prints_the_commands_of_the_readme_and_ci_runs_one() -> None:
+    shown = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    commands = [line.split()[0] for line in shown.splitlines()]
+    assert {"setup", "demo", "test", "bench", "samples"} <= set(commands)
+    assert "make test " in (ROOT / "README.md").read_text()
+    assert (ROOT / ".ci" / "run").read_text().endswith("\nmake test\n")

@@ -15,6 +15,8 @@ _TABLE = {
     "convert": ("convert", "Turn a dense model into a verified mixture of experts."),
     "inspect": ("inspect", "See what would be converted, or what was."),
     "verify": ("verify", "Compare the outputs of two models."),
+    "bench": ("bench", "Time a converted model against its dense twin, in PyTorch and ONNX Runtime."),
+    "export": ("export", "Lower what convert wrote to a runtime's file, verified there."),
     "passes": ("listings", "List the passes."),
     "methods": ("listings", "List the ways to make experts."),
     "routers": ("listings", "List the routers."),

@@ -1,0 +1,234 @@
+"""The ONNX Runtime backend: options, the choice of lowerings, and a staged file that runs before it is written."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import importlib.metadata
+import importlib.util
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+
+from moeify.backends.base import Backend
+from moeify.backends.calls import Seen
+from moeify.errors import BadOption, RuntimeUnavailable
+from moeify.ir.export_report import ExportReport
+from moeify.ir.program import Program
+
+if TYPE_CHECKING:  # onnx and the runtime are imported when they are used: `moeify backends` works without them
+    from moeify.backends.onnxruntime.lowering import Choose, Lowered, Lowering, Neutral
+    from moeify.backends.onnxruntime.mixture import Mixture
+    from moeify.backends.onnxruntime.save import Staged
+
+NEEDS = "1.31"  # the version that the operators' attributes and kernels were tested with
+TARGETS = ("cpu", "cuda", "portable")
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_SPLIT = "standard ONNX: rows split by expert, one pair of Gemm nodes an expert"
+
+
+@dataclass(frozen=True)
+class OnnxRuntime(Backend):
+    """ONNX at opset 23 for ONNX Runtime: standard operators on the CPU, com.microsoft.MoE and QMoE on CUDA."""
+
+    name = "onnxruntime"
+    LOWER: ClassVar[Mapping[str, str]] = {
+        "dispatch_ffn": f"{_SPLIT}; com.microsoft.MoE or QMoE where they express it and are faster",
+        "permute": _SPLIT,
+        "unpermute": _SPLIT,
+        "grouped_linear": _SPLIT,
+        "experts": _SPLIT,
+        "jitter_like": "gone: ones in evaluation",
+        "normal_like": "gone: zeros in evaluation",
+    }
+    NEVER: ClassVar[Mapping[str, str]] = {"ffn": "clean-up turns every dense block back into ATen operators"}
+
+    target: str = "cpu"
+    dtype: str = "float32"
+    bits: int = 0  # of quantised expert weights: 8, 4, or 0 for none
+    tokens: int = 128  # expected in one call of the model
+    threads: int = 0  # 0: all cores
+    lowering: str = ""  # forces one
+
+    def __post_init__(self) -> None:
+        _one_of("target", self.target, TARGETS)
+        _one_of("dtype", self.dtype, tuple(DTYPES))
+        _one_of("bits", str(self.bits), ("0", "4", "8"))
+        if self.bits and (self.target != "cuda" or self.dtype == "float32"):
+            raise BadOption(
+                f"quantised experts need the cuda target and float16 or bfloat16, not {self.target} and {self.dtype}",
+                hint="--target cuda --dtype float16; ONNX Runtime puts QMoE in float32 on the CPU without a word",
+            )
+        if self.dtype == "bfloat16" and self.target != "cuda":
+            raise BadOption(
+                f"bfloat16 needs the cuda target, not {self.target}: ONNX Runtime's CPU provider has no kernels for it",
+                hint="--target cuda, or --dtype float16",
+            )
+        if self.tokens < 1:
+            raise BadOption(f"the expected number of tokens is {self.tokens}: it must be positive")
+
+    def versions(self) -> dict[str, str]:
+        """Of the packages that have a say in what is written."""
+        _require_packages()
+        return {name: importlib.metadata.version(name) for name in ("onnx", "onnxscript")} | {
+            "onnxruntime": importlib.import_module("onnxruntime").__version__
+        }
+
+    def cast(self, program: Program) -> tuple[Program, list[str]]:
+        """The program in the wanted type, and what that did to it. Raises Refused for weights that overflow."""
+        if self.dtype == "float32":
+            return program, []
+        from moeify.backends.half import to_half
+
+        half, report = to_half(program, DTYPES[self.dtype])
+        return half, [str(report)]
+
+    def cast_inputs(self, inputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """The inputs of a program in the types of one that ``cast`` gave."""
+        if self.dtype == "float32":
+            return tuple(inputs)
+        from moeify.backends.half import half_inputs
+
+        return half_inputs(tuple(inputs), DTYPES[self.dtype])
+
+    def slower_than_dense(self, block: Mapping[str, Any]) -> str | None:
+        """A warning when a block will take longer than the dense one did; ``block`` is a BlockReport as dict."""
+        if self.target == "cuda":
+            return None  # the constants are of CPUs; no GPU has been timed
+        from moeify.backends.onnxruntime import cost
+        from moeify.backends.onnxruntime.mixture import Shape
+
+        shape = Shape(block["experts"], block["d_model"], block["d_expert"], block["d_model"], block["top_k"])
+        return cost.warning(shape, block["d_ff"], block["gated"], self.tokens, self.threads or None)
+
+    def neutral(self, program: Program) -> Neutral:
+        """The program in ONNX, before any choice. Raises Refused, NotExportable or RuntimeUnavailable."""
+        self.check(program)
+        _require_packages()
+        from moeify.backends.onnxruntime.lowering import neutral
+
+        return neutral(program)
+
+    def chooser(self, tolerance: float, measured: Any = None) -> Choose:
+        """Picks the lowering of each block. Raises UnknownName or BadOption for a ``lowering`` that makes no sense."""
+        _require_packages()
+        from moeify.backends.onnxruntime import choose
+
+        if self.dtype == "bfloat16" and self.provider() != "cuda":
+            raise RuntimeUnavailable(
+                "a bfloat16 file cannot be verified here: the CUDA provider is not usable and the CPU provider has no "
+                "kernels for it",
+                hint="export it on a machine with CUDA, or --dtype float16",
+            )
+        return choose.chooser(
+            self.target,
+            tokens=self.tokens,
+            threads=self.threads or None,
+            dtype=self.dtype,
+            bits=self.bits or None,
+            tolerance=tolerance,
+            forced=self.lowering or None,
+            measured=measured,
+        )
+
+    def measured(self) -> Any:
+        """What times the lowerings of a block on this machine, for ``chooser``."""
+        from moeify.backends.onnxruntime import measure
+
+        return measure.measure(self._table(), tokens=self.tokens, threads=self.threads or None)
+
+    @contextmanager
+    def lower(self, source: Neutral, chosen: Choose, path: Path, forced: Mapping[str, str]) -> Iterator[OnnxFile]:
+        """Lower a copy and stage a file at ``path``; it is written by ``OnnxFile.finish`` and not before.
+
+        ``forced`` names the lowering of some calls, by ``Call.name``. Raises OutputNotWritten, Refused.
+        """
+        from moeify.backends.onnxruntime.lowering import Choice, lower
+        from moeify.backends.onnxruntime.save import staged
+
+        def pick(mixture: Mixture) -> Choice:
+            by_name = forced.get(mixture.call.name)
+            return Choice(by_name, "its first lowering failed verification") if by_name else chosen(mixture)
+
+        lowered = lower(source, pick, self._table())
+        with staged(lowered.model, path) as file:
+            yield OnnxFile(lowered, file, self.provider(), self.threads or None)
+
+    def provider(self) -> str:
+        """Where the file is verified: on CUDA when that is the target and it is usable here, else on the CPU."""
+        from moeify.backends.onnxruntime.session import cuda_is_usable
+
+        return "cuda" if self.target == "cuda" and cuda_is_usable() else "cpu"
+
+    def _table(self) -> Mapping[str, Lowering]:
+        from moeify.backends.onnxruntime import choose, contrib, portable, qmoe, split
+
+        return {
+            choose.SPLIT: split.lower,
+            choose.CONTRIB: portable.lower if self.target == "portable" else contrib.lower,
+            choose.QMOE: functools.partial(qmoe.lower, bits=self.bits, block=None),
+        }
+
+
+class OnnxFile:
+    """A lowered model in a file that is not at its place yet."""
+
+    def __init__(self, lowered: Lowered, file: Staged, provider: str, threads: int | None) -> None:
+        self.lowered, self.file = lowered, file
+        self.provider, self.threads = provider, threads
+
+    def seen(self, inputs: Sequence[torch.Tensor]) -> dict[str, Seen]:
+        """What the runtime computes in every call, by ``Call.name``."""
+        from moeify.backends.onnxruntime.session import Session
+
+        taps = self.lowered.taps
+        names = list(dict.fromkeys(name for tap in taps for name in (tap.rows, tap.experts, tap.output)))
+        session = Session(self.file.with_outputs(names), provider=self.provider, threads=self.threads)
+        values = dict(zip(session.output_names, session.run(inputs)))
+        values |= dict(zip(session.input_names, inputs))  # rows can be an input of the model
+        return {
+            call.name: Seen(values[tap.rows], values[tap.experts], values[tap.output])
+            for call, tap in zip(self.lowered.calls, taps)
+        }
+
+    def run(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The outputs of the file as it will be deployed."""
+        from moeify.backends.onnxruntime.session import Session
+
+        return Session(self.file.file, provider=self.provider, threads=self.threads).run(inputs)
+
+    def placements(self) -> list[dict[str, Any]]:
+        """The nodes that the CUDA provider will not take, with the reasons."""
+        from moeify.backends.onnxruntime.readiness import placements
+
+        found = placements(self.lowered.model)
+        return [dataclasses.asdict(one) for one in found if one.matters or one.provider != "cuda"]
+
+    def finish(self, report: ExportReport) -> list[Path]:
+        """Write the report into the file's metadata and put it in its place; gives the files written."""
+        return self.file.finish(metadata(report))
+
+
+def metadata(report: ExportReport) -> dict[str, str]:
+    """What the file says of itself: ``moeify.report`` holds recipe, versions and errors."""
+    return {"moeify.report": json.dumps(report.to_dict()), "moeify.needs_onnxruntime": NEEDS}
+
+
+def _one_of(option: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise BadOption(f"there is no {option} {value!r}", hint=f"choose one of {', '.join(choices)}")
+
+
+def _require_packages() -> None:
+    for package in ("onnx", "onnx_ir", "onnxscript", "onnxruntime"):
+        if importlib.util.find_spec(package) is None:
+            raise RuntimeUnavailable(
+                f"the onnxruntime backend needs the package {package}, which is not installed",
+                hint="pip install 'moeify[onnxruntime]'",
+            )

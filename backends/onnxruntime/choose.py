@@ -1,0 +1,138 @@
+"""Which lowering a block gets: what fits the target, then what is expected, or was measured, to be fastest."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+
+from moeify.backends.onnxruntime import contrib, cost, portable
+from moeify.backends.onnxruntime.cost import CONTRIB, SPLIT
+from moeify.backends.onnxruntime.lowering import Choice, Choose
+from moeify.backends.onnxruntime.mixture import Mixture
+from moeify.errors import BadOption, Refused, UnknownName
+
+QMOE = "com.microsoft.QMoE"
+NAMES = (SPLIT, CONTRIB, QMOE)
+# ``split`` is exact and runs everywhere: another lowering must beat it by more than the cost model's own error.
+_MARGIN = 0.95
+
+# Seconds of each of the lowerings named, for one mixture.
+Measured = Callable[[Mixture, Sequence[str]], Mapping[str, float]]
+Unfit = Callable[[Mixture], str | None]
+
+
+def chooser(
+    target: str,
+    *,
+    tokens: int,
+    threads: int | None,
+    dtype: str,
+    bits: int | None = None,
+    tolerance: float,
+    forced: str | None = None,
+    measured: Measured | None = None,
+) -> Choose:
+    """The choice for each mixture on ``target`` (cpu, cuda or portable), with its reason in a few words.
+
+    ``tokens`` are those expected in one call, ``threads`` None means all cores. A lowering whose own approximation is
+    above ``tolerance`` does not fit, nor does any but ``split`` without a kernel for ``dtype``. ``bits`` asks for
+    quantised experts. ``forced`` names the lowering of every block; the choice then raises Refused for a block it
+    cannot express. ``measured`` replaces the cost model by times taken here. Raises UnknownName, BadOption.
+    """
+    if forced is not None and forced not in NAMES:
+        raise UnknownName("lowering", forced, NAMES)
+    if forced == QMOE and not bits:
+        raise BadOption(f"{QMOE} has quantised experts, and no number of bits was given", hint="choose 8 or 4 bits")
+    fused = QMOE if bits else CONTRIB
+
+    def unfit(mixture: Mixture) -> str | None:
+        return _unfit(mixture, fused, target, dtype, bits, tolerance)
+
+    if forced is not None:
+        return _forced(forced, fused, unfit)
+    if target != "cpu":
+        return _fused_where_it_fits(
+            fused, unfit, "one fused kernel" if target == "cuda" else "one file for every runtime"
+        )
+
+    def choose(mixture: Mixture) -> Choice:
+        reason = unfit(mixture)
+        if reason is not None:
+            return Choice(SPLIT, reason)
+        if fused == QMOE:
+            return Choice(QMOE, f"{bits}-bit experts were asked for")
+        if measured is not None:
+            return _faster(measured(mixture, (SPLIT, CONTRIB)), f"measured at {_count(tokens)}")
+        size = mixture.dtype.itemsize
+        expected = {
+            name: cost.seconds(name, mixture.shape, mixture.gated, tokens, threads, weight_bytes=size)
+            for name in (SPLIT, CONTRIB)
+        }
+        return _faster(expected, f"expected at {_count(tokens)} on {threads or os.cpu_count() or 1} threads")
+
+    return choose
+
+
+def _forced(name: str, fused: str, unfit: Unfit) -> Choose:
+    def choose(mixture: Mixture) -> Choice:
+        reason = None
+        if name != SPLIT:
+            reason = unfit(mixture) if name == fused else f"{fused} is what the number of bits asks for"
+        if reason is not None:
+            raise Refused(
+                f"the {name} lowering cannot take this block: {reason}",
+                where=mixture.call.block,
+                hint=f"leave the choice open, or force {SPLIT}, which takes every block",
+            )
+        return Choice(name, "asked for")
+
+    return choose
+
+
+def _fused_where_it_fits(fused: str, unfit: Unfit, why: str) -> Choose:
+    """Where there is no measured cost model: the fused kernel, because ``split`` starts a kernel or two per expert."""
+
+    def choose(mixture: Mixture) -> Choice:
+        reason = unfit(mixture)
+        if reason is not None:
+            return Choice(SPLIT, reason)
+        gap = contrib.approximation(mixture)
+        return Choice(fused, f"{why}; its {mixture.activation} is off by {gap:.0e}" if gap else why)
+
+    return choose
+
+
+def _unfit(mixture: Mixture, name: str, target: str, dtype: str, bits: int | None, tolerance: float) -> str | None:
+    """Why the fused operator cannot stand for this mixture, None when it can."""
+    if mixture.dtype.name.lower() not in (dtype, _SHORT.get(dtype)):
+        return f"its experts are {mixture.dtype.name.lower()}, and the model is {dtype}"
+    if bits:
+        from moeify.backends.onnxruntime import qmoe
+
+        if target == "portable":
+            return f"{QMOE} is ONNX Runtime's alone, and the file is to run elsewhere"
+        return qmoe.unfit(mixture, target, bits, None)
+    kernel = portable if target == "portable" else contrib
+    reason = kernel.unfit(mixture, "cpu" if target == "portable" else target)
+    if reason is not None:
+        return reason
+    error = kernel.approximation(mixture)
+    if error > tolerance:
+        return f"{name} computes {mixture.activation} with an error of {error:.0e}, above {tolerance:.0e}"
+    return None
+
+
+_SHORT = {"float32": "float"}  # ONNX calls single precision FLOAT
+
+
+def _faster(seconds: Mapping[str, float], how: str) -> Choice:
+    split, other = seconds[SPLIT], seconds[CONTRIB]
+    if other < _MARGIN * split:
+        return Choice(CONTRIB, f"{split / other:.2f} x as fast as {SPLIT}, {how}")
+    if split < other:
+        return Choice(SPLIT, f"{other / split:.2f} x as fast as {CONTRIB}, {how}")
+    return Choice(SPLIT, f"exact, and {CONTRIB} gains less than {1 / _MARGIN - 1:.0%}, {how}")
+
+
+def _count(tokens: int) -> str:
+    return "1 token" if tokens == 1 else f"{tokens} tokens"
