@@ -54,8 +54,10 @@ def test_screen(called: dict[str, Any], capsys: pytest.CaptureFixture[str]):
         "  decoder.layer.0        4 top-1  com.microsoft.MoE  2.0e-06  asked for",
         "",
         "warning      at 128 tokens the sparse block is slower",
-        "verified     on ONNX Runtime's cpu provider: every block within 1e-04 of the program (largest 2.0e-06), "
-        "whole model",
+        (
+            "verified     on ONNX Runtime's cpu provider: every block within 1e-04 of the program (largest 2.0e-06), "
+            "whole model"
+        ),
         "             3.0e-06",
         "wrote        moe.onnx, moe.onnx.data (289.6 MB)",
     ]
