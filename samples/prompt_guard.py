@@ -18,6 +18,7 @@ from pretrained import OUT, nanoguard, nanoguard_tokenizer
 from torch import nn
 
 import moeify
+from moeify.backends.onnxruntime.session import Session
 
 WIDTH, HEADS, LAYERS, VOCABULARY, CONTEXT = 512, 4, 4, 8192, 512
 
@@ -149,6 +150,14 @@ def main() -> None:
         if verdict != label or abs(old - new) > 1e-4:
             raise SystemExit(f"the verdict moved: expected {label}, dense {old:.4f}, MoE {new:.4f}")
     print(f"{len(PROMPTS)} of {len(PROMPTS)} verdicts right and unchanged")
+
+    exported = moeify.export_file(output, OUT / "nanoguard-moe.onnx")
+    session = Session(OUT / "nanoguard-moe.onnx")
+    served = session.run(list(batch))[0].softmax(-1)[:, 1]
+    moved = float((served - after).abs().max())
+    if moved > 1e-4:
+        raise SystemExit(f"ONNX Runtime moves a verdict by {moved:.1e}")
+    print(f"ONNX Runtime, {exported.blocks[0].lowering} ({exported.blocks[0].why}): verdicts move by {moved:.0e}")
 
 
 if __name__ == "__main__":

@@ -96,6 +96,11 @@ def test_the_file_computes_what_the_program_computes(moe: Path, tmp_path: Path, 
     numpy.testing.assert_allclose(outputs(tmp_path / "moe.onnx", ids), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_lowerings_can_be_measured_here(moe: Path, tmp_path: Path):
+    report = export_file(moe, tmp_path / "moe.onnx", OnnxRuntime(tokens=16), measure=True)
+    assert all(block.why.endswith("measured at 16 tokens") for block in report.blocks)
+
+
 def test_the_report_is_in_the_file(moe: Path, tmp_path: Path):
     report = export_file(moe, tmp_path / "moe.onnx")
     model = onnx.load(tmp_path / "moe.onnx")

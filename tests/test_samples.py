@@ -14,7 +14,7 @@ SAMPLES = Path(__file__).parent.parent / "samples"
 EXPECT = {
     "minilm.py": ["6 of 6", "similarities unchanged"],
     "serve_minilm.py": ["serving minilm-moe.onnx", "imported here: no torch, no transformers, no moeify"],
-    "prompt_guard.py": ["relu2, 16 experts of 512", "8 of 8 verdicts right and unchanged"],
+    "prompt_guard.py": ["relu2, 16 experts of 512", "8 of 8 verdicts right and unchanged", "ONNX Runtime, split"],
     "smollm2.py": ["LlamaForCausalLM: 30 blocks found, 15 converted", "generation unchanged"],
     "vit.py": ["left dense, not selected by the recipe", "five training steps"],
     "lstm.py": ["relu, 8 experts", "20 training steps"],
