@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar
 
 from moeify.errors import Refused
 from moeify.ir.program import Program
-from moeify.ir.report import Report
 from moeify.ir.where import source_line
 from moeify.pipeline.rules import is_moe
 from moeify.registry import render
@@ -32,10 +30,6 @@ class Backend:
             if operator not in self.LOWER:
                 why = self.NEVER.get(operator, "no lowering has been written")
                 raise Refused(f"the {self.name} backend does not take moe.{operator}: {why}", where=source_line(node))
-
-    def write(self, program: Program, report: Report, path: Path) -> None:
-        """Lower and write, atomically. Raises OutputNotWritten with what was there before intact."""
-        raise NotImplementedError(type(self).__name__)
 
     def __str__(self) -> str:
         return render(self)

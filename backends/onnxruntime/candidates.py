@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import onnx_ir as ir
@@ -38,9 +37,8 @@ def lowered(program: Program) -> tuple[dict[str, ir.Model], dict[str, str]]:
         fused += 1
         return Choice(cost.CONTRIB, "it fits")
 
-    twin = dataclasses.replace(source, model=source.model.clone())
     models = {cost.SPLIT: lower(source, lambda mixture: Choice(cost.SPLIT, "asked for"), _TABLE).model}
-    with_contrib = lower(twin, choose, _TABLE).model
+    with_contrib = lower(source, choose, _TABLE).model
     notes: dict[str, str] = {}
     if fused:
         models[cost.CONTRIB] = with_contrib

@@ -107,7 +107,7 @@ def _attention(
     """
     heads, rank = [query, key, value], len(query.shape)
     if rank > 4 or not rank == len(key.shape) == len(value.shape):
-        raise NotImplementedError(f"attention over {rank} dimensions")
+        raise NotImplementedError(f"attention over {rank} dimensions")  # to_onnx makes a NotExportable of it
     lead = op.Constant(value_ints=list(range(4 - rank)))
     if rank < 4:  # [L, D] and [B, L, D] are [1, 1, L, D] and [1, B, L, D]
         query, key, value = (op.Unsqueeze(x, lead) for x in heads)

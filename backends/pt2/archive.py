@@ -39,7 +39,7 @@ class Pt2(Backend):
     NEVER: ClassVar[Mapping[str, str]] = {"ffn": "clean-up turns every dense block back into ATen operators"}
 
     def write(self, program: Program, report: Report, path: Path) -> None:
-        """Raises OutputNotWritten; what was at ``path`` before is then untouched."""
+        """Atomically. Raises OutputNotWritten; what was at ``path`` before is then untouched."""
         self.check(program)
         exported = export(program)
         with atomically(path) as temporary, unfailing(temporary) as file:

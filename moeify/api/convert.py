@@ -16,8 +16,7 @@ from moeify import frontend, surgery
 from moeify.api import data as data_files
 from moeify.api import reporting
 from moeify.api.progress import Progress, Silent
-from moeify.backends import BACKENDS
-from moeify.backends.pt2.archive import METADATA
+from moeify.backends.pt2.archive import METADATA, Pt2
 from moeify.errors import (
     BadInputSpec,
     NoBlocks,
@@ -27,6 +26,7 @@ from moeify.errors import (
     VerificationFailed,
 )
 from moeify.experts import METHODS
+from moeify.frontend.reasons import first_line
 from moeify.ir.printer import program_text
 from moeify.ir.program import Program
 from moeify.ir.recipe import Recipe
@@ -110,7 +110,7 @@ def convert_file(
     if output is not None:
         progress.stage(f"writing {output}")
         report.output = str(output)
-        BACKENDS.parse("pt2").write(program, report, Path(output))
+        Pt2().write(program, report, Path(output))
     report.seconds = time.perf_counter() - started
     return report
 
@@ -204,7 +204,7 @@ def _recorded(program: Program, batch: tuple[torch.Tensor, ...]) -> Recording:
     except (RuntimeError, IndexError, ValueError) as error:
         if batch is program.example:  # the capture has run on it
             raise
-        raise BadInputSpec(f"the model does not run on the data: {data_files.first_line(error)}") from error
+        raise BadInputSpec(f"the model does not run on the data: {first_line(error)}") from error
     whole = any(value.isfinite().any() for value in dense.outputs)
     if not whole or not all(value.isfinite().any() for value in dense.blocks.values()):
         raise VerificationFailed(

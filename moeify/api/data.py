@@ -81,8 +81,3 @@ def _fitted(tensor: torch.Tensor, spec: InputSpec, source: str) -> torch.Tensor:
         what = "holds NaN" if tensor.numel() else "is empty"
         raise BadInputSpec(f"{source}: {spec.name} {what}: nothing can be compared on it")
     return tensor.to(spec.dtype)
-
-
-def first_line(error: Exception) -> str:
-    """What an error says, without the pages torch may put below it."""
-    return (str(error) or type(error).__name__).splitlines()[0]

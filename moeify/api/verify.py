@@ -15,6 +15,7 @@ from moeify.api.progress import Silent
 from moeify.backends.pt2.archive import METADATA
 from moeify.errors import BadInputSpec, UsageError
 from moeify.frontend import capture, holds_metadata
+from moeify.frontend.reasons import first_line
 from moeify.ir.difference import relative_error, wide
 from moeify.ir.program import Program, flat
 
@@ -68,7 +69,7 @@ def _outputs(program: Program, batch: tuple[torch.Tensor, ...], path: str | Path
     try:
         return flat(program.run(*batch))
     except (RuntimeError, IndexError, ValueError) as error:
-        raise BadInputSpec(f"{path} does not run on these inputs: {data_files.first_line(error)}") from error
+        raise BadInputSpec(f"{path} does not run on these inputs: {first_line(error)}") from error
 
 
 def compare(left: list[torch.Tensor], right: list[torch.Tensor], tolerance: float) -> Comparison:

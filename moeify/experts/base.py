@@ -42,7 +42,7 @@ class Method:
 
     def plan(self, block: Block, recipe: BlockRecipe, seed: int, dtype: torch.dtype) -> ExpertPlan:
         """Raises NotDivisible or Refused, naming the block."""
-        raise NotImplementedError(type(self).__name__)
+        raise NotImplementedError(type(self).__name__)  # abstract: each one defines its own
 
     def __str__(self) -> str:
         return render(self)

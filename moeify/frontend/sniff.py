@@ -79,7 +79,7 @@ def _zip(path: Path) -> str:
         with zipfile.ZipFile(path) as archive:
             names = [name.partition("/")[2] or name for name in archive.namelist()]
             unpacked = sum(record.file_size for record in archive.infolist())
-    except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
+    except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:  # the last: a zip version of the future
         raise UnreadableFile(f"{path} is truncated or damaged", hint="copy or download it again") from error
     if "constants.pkl" in names and any(n.startswith("code/") for n in names):
         return TORCHSCRIPT

@@ -35,7 +35,7 @@ class Pass:
     ensures: ClassVar[tuple[Rule, ...]] = ()
 
     def apply(self, program: Program, log: Log) -> None:
-        raise NotImplementedError(type(self).__name__)
+        raise NotImplementedError(type(self).__name__)  # abstract: each one defines its own
 
     def __str__(self) -> str:
         return render(self)

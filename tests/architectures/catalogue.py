@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.architectures import attention, blocks, language, perception, refusals, unusual
+from tests.architectures import attention, blocks, decoders, language, perception, refusals, unusual
 
-_MODULES = (language, perception, attention, blocks, refusals, unusual)
+_MODULES = (language, decoders, perception, attention, blocks, refusals, unusual)
 ARCHITECTURES = {one.name: one for module in _MODULES for one in module.ALL}

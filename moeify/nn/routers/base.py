@@ -26,7 +26,7 @@ class Router(nn.Module):
 
     def reset(self, generator: torch.Generator, repeat: int = 1) -> None:
         """Draw the initial values; consecutive groups of ``repeat`` experts get the same row."""
-        raise NotImplementedError(type(self).__name__)
+        raise NotImplementedError(type(self).__name__)  # abstract: each one defines its own
 
 
 @dataclass(frozen=True)
@@ -46,13 +46,13 @@ class RouterSpec:
     @property
     def gates_sum_to_one(self) -> bool:
         """Whether the weights of every token sum to 1: what makes `copy` exact."""
-        raise NotImplementedError(type(self).__name__)
+        raise NotImplementedError(type(self).__name__)  # abstract: each one defines its own
 
     def build(
         self, d_model: int, num_experts: int, top_k: int, *, dtype: torch.dtype, vocabulary: int | None = None
     ) -> Router:
         """An uninitialised router. Raises BadRecipe when the options do not fit (switch with top_k 2, ...)."""
-        raise NotImplementedError(type(self).__name__)
+        raise NotImplementedError(type(self).__name__)  # abstract: each one defines its own
 
     def __str__(self) -> str:
         return render(self)
