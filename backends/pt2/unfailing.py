@@ -33,8 +33,11 @@ class Unfailing(io.BufferedWriter):
 def unfailing(path: Path) -> Iterator[Unfailing]:
     """An ``Unfailing`` on a new file; what went wrong is raised when the writer is done."""
     with Unfailing(io.FileIO(path, "w")) as file:
-        ours = threading.current_thread() is threading.main_thread()  # only there are signals delivered
-        before = signal.signal(signal.SIGINT, file.interrupt) if ours else None
+        # Signals are delivered to the main thread only, and a job in the background may have been told to ignore them.
+        before = signal.getsignal(signal.SIGINT)
+        ours = threading.current_thread() is threading.main_thread() and before is not signal.SIG_IGN
+        if ours:
+            signal.signal(signal.SIGINT, file.interrupt)
         try:
             yield file
         finally:

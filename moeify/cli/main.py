@@ -75,12 +75,13 @@ def main(arguments: Sequence[str]) -> int:
     except (typer.Abort, KeyboardInterrupt):
         code = _INTERRUPTED
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_stdout()
         return 1
     except Exception as error:
         if isinstance(error, MemoryError) or any(text in str(error) for text in _NO_MEMORY):
             return _fail(as_json, "OutOfMemory", "there is not enough memory for this", None, None, 1)
         if isinstance(error, OSError) and error.filename is None:  # stdout itself, so no JSON can be written there
+            _drop_stdout()
             return _fail(False, "OutputNotWritten", f"cannot print: {_lower(error.strerror or '')}", None, None, 1)
         if debug:
             import traceback
@@ -92,6 +93,11 @@ def main(arguments: Sequence[str]) -> int:
     if code == _INTERRUPTED:
         return _fail(as_json, "Interrupted", "interrupted; nothing was written", None, None, code)
     return code
+
+
+def _drop_stdout() -> None:
+    """What is still buffered goes nowhere: Python would try to write it at its end, and set the exit code to 120."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _fail(as_json: bool, kind: str, what: str, where: str | None, hint: str | None, code: int) -> int:
