@@ -11,6 +11,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from onnx.reference import ReferenceEvaluator
 from torch import nn
 
 import moeify
@@ -18,6 +19,7 @@ from moeify.api import export as api_export
 from moeify.api.export import export_file
 from moeify.backends.onnxruntime import choose, contrib, split
 from moeify.backends.onnxruntime.backend import OnnxRuntime
+from moeify.backends.onnxruntime.session import cuda_is_usable
 from moeify.errors import (
     BadOption,
     OutputNotWritten,
@@ -222,3 +224,24 @@ def test_missing_packages_are_named(moe: Path, tmp_path: Path, monkeypatch: pyte
         export_file(moe, tmp_path / "moe.onnx")
     assert error.value.what == "the onnxruntime backend needs the package onnxscript, which is not installed"
     assert error.value.hint == "pip install 'moeify[onnxruntime]'"
+
+
+def test_the_portable_file_runs_in_another_runtime(moe: Path, tmp_path: Path):
+    report = export_file(moe, tmp_path / "moe.onnx", OnnxRuntime(target="portable"))
+    assert {b.lowering for b in report.blocks} == {"com.microsoft.MoE"}
+    model = onnx.load(tmp_path / "moe.onnx")
+    onnx.checker.check_model(model, full_check=True)
+    ids = torch.randint(40, (2, 5))
+    other = ReferenceEvaluator(model).run(None, {model.graph.input[0].name: ids.numpy()})[0]
+    numpy.testing.assert_allclose(other, outputs(tmp_path / "moe.onnx", ids), rtol=1e-4, atol=1e-5)
+
+
+def test_half_precision_for_cuda_says_what_was_and_was_not_run(moe: Path, tmp_path: Path):
+    report = export_file(moe, tmp_path / "moe.onnx", OnnxRuntime(target="cuda", dtype="float16"))
+    assert {b.lowering for b in report.blocks} == {"com.microsoft.MoE"}
+    assert report.provider == ("cuda" if cuda_is_usable() else "cpu")
+    assert report.notes[0].startswith("float16: weights rounded by at most ")
+    # A unit in the last place of float16 is 1e-3; a sum of 32 of them that loses more than one has an error.
+    assert all(b.relative_error is not None and b.relative_error < 5e-3 for b in report.blocks)
+    assert not [one for one in report.placements if one["matters"]]
+    assert {i.data_type for i in onnx.load(tmp_path / "moe.onnx").graph.initializer} >= {onnx.TensorProto.FLOAT16}

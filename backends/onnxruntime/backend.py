@@ -30,6 +30,10 @@ if TYPE_CHECKING:  # onnx and the runtime are imported when they are used: `moei
 NEEDS = "1.31"  # the version that the operators' attributes and kernels were tested with
 TARGETS = ("cpu", "cuda", "portable")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_HALF_ON_CPU = (
+    "ONNX Runtime computes float16 on the CPU in float32, with casts: the file is smaller and not faster there; 1.31 "
+    "can crash on such a file unless its optimizer NchwcTransformer is disabled, as moeify's Session does"
+)
 _SPLIT = "standard ONNX: rows split by expert, one pair of Gemm nodes an expert"
 
 
@@ -87,7 +91,7 @@ class OnnxRuntime(Backend):
         from moeify.backends.half import to_half
 
         half, report = to_half(program, DTYPES[self.dtype])
-        return half, [str(report)]
+        return half, [str(report)] if self.target == "cuda" else [str(report), _HALF_ON_CPU]
 
     def cast_inputs(self, inputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """The inputs of a program in the types of one that ``cast`` gave."""
@@ -151,12 +155,14 @@ class OnnxRuntime(Backend):
         """
         from moeify.backends.onnxruntime.lowering import Choice, lower
         from moeify.backends.onnxruntime.save import staged
+        from moeify.backends.onnxruntime.session import DTYPE_KEY
 
         def pick(mixture: Mixture) -> Choice:
             by_name = forced.get(mixture.call.name)
             return Choice(by_name, "its first lowering failed verification") if by_name else chosen(mixture)
 
         lowered = lower(source, pick, self._table())
+        lowered.model.metadata_props[DTYPE_KEY] = self.dtype  # a Session reads it, in verification too
         with staged(lowered.model, path) as file:
             yield OnnxFile(lowered, file, self.provider(), self.threads or None)
 

@@ -21,6 +21,10 @@ from moeify.backends.onnxruntime.model_header import read_header
 from moeify.backends.onnxruntime.profiling import Profile, read_profile
 from moeify.errors import BadInputSpec, BadOption, RuntimeUnavailable, UnknownName, UnreadableFile, UsageError
 
+DTYPE_KEY = "moeify.dtype"  # metadata of a file: float32, float16 or bfloat16
+# Of files in float16. ONNX Runtime 1.31 ends the process (segmentation fault) where this optimizer, which lays out
+# float32 convolutions for CPUs, meets a float16 product of a transposed input that is about to be cast to float32.
+_HALF = {"optimization.disable_specified_optimizers": "NchwcTransformer"}
 NEEDS_KEY = "moeify.needs_onnxruntime"  # metadata of a file: the oldest version that it was tested with
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _SILENT, _ERRORS = 4, 3  # severities of the runtime's logger
@@ -35,6 +39,7 @@ class Session:
 
     ``threads`` are those within an operator (None: one a core). ``options`` are the runtime's: an attribute of its
     SessionOptions (``{"graph_optimization_level": ...}``) or a key of its configuration (``{"session....": "1"}``).
+    Files in float16 get one by default: see ``_HALF``.
     ``profile`` records the times of nodes for ``Session.profile``.
 
     Raises UnreadableFile (missing, damaged, or its weights are not beside it), RuntimeUnavailable (the runtime is
@@ -53,14 +58,16 @@ class Session:
         if provider not in _PROVIDERS:
             raise UnknownName("provider", provider, _PROVIDERS)
         source = model if isinstance(model, bytes) else Path(model)
-        _require_version(read_header(source).metadata)
+        metadata = read_header(source).metadata
+        _require_version(metadata)
         if provider == "cuda":
             require_cuda()
         self.provider = provider
         self._profiles = tempfile.mkdtemp(prefix="moeify-profile-") if profile else None
         if self._profiles is not None:
             weakref.finalize(self, shutil.rmtree, self._profiles, True)
-        settings = _settings(threads, self._profiles, options or {})
+        needed = _HALF if metadata.get(DTYPE_KEY) == "float16" else {}
+        settings = _settings(threads, self._profiles, {**needed, **(options or {})})
         self._session = _open(source, provider, settings)
         self._inputs = {one.name: one for one in self._session.get_inputs()}
         self._outputs = {one.name: one for one in self._session.get_outputs()}
