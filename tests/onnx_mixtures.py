@@ -15,8 +15,9 @@ from torch import Tensor
 
 import moeify.ir.ops  # noqa: F401  (defines torch.ops.moeify)
 from moeify.backends.calls import Call
+from moeify.backends.deploy import Choice
 from moeify.backends.onnxruntime import mixture as mixtures
-from moeify.backends.onnxruntime.lowering import Choice, Lowering, Neutral, lower
+from moeify.backends.onnxruntime.lowering import Lowering, Neutral, lower
 from moeify.backends.onnxruntime.mixture import ROLES, Mixture
 from moeify.backends.onnxruntime.neutral import DOMAIN, OPSET
 from moeify.ir.modes import set_training

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
+from moeify.backends.deploy import Choice
 from moeify.backends.onnxruntime import split
-from moeify.backends.onnxruntime.lowering import Choice, lower, neutral
+from moeify.backends.onnxruntime.lowering import lower, neutral
 from moeify.ir.program import InputSpec, Program, flat
 from moeify.ir.recipe import Recipe
 from moeify.passes.clean_up import CleanUp

@@ -11,8 +11,9 @@ import pytest
 import torch
 from onnx.reference import ReferenceEvaluator
 
+from moeify.backends.deploy import Choice
 from moeify.backends.onnxruntime import contrib, portable, split
-from moeify.backends.onnxruntime.lowering import Choice, lower, neutral
+from moeify.backends.onnxruntime.lowering import lower, neutral
 from moeify.backends.onnxruntime.mixture import Mixture
 from tests import programs
 from tests.onnx_mixtures import Case, array, arrays, end_to_end, find, proto, relative, scatter, session

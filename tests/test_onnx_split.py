@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from moeify.backends.deploy import Choice
 from moeify.backends.onnxruntime import split
-from moeify.backends.onnxruntime.lowering import Choice, lower, neutral
+from moeify.backends.onnxruntime.lowering import lower, neutral
 from moeify.backends.onnxruntime.mixture import array
 from moeify.errors import NotExportable
 from moeify.ir.activations import TABLE

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from torch import fx
 
-from moeify.backends.base import Backend
-from moeify.backends.calls import Seen
+from moeify.backends.calls import Call, Seen
+from moeify.backends.deploy import Choice, Deployment, one_of
 from moeify.errors import BadOption, RuntimeUnavailable
 from moeify.ir.export_report import ExportReport
 from moeify.ir.program import Program
@@ -38,10 +39,14 @@ _SPLIT = "standard ONNX: rows split by expert, one pair of Gemm nodes an expert"
 
 
 @dataclass(frozen=True)
-class OnnxRuntime(Backend):
+class OnnxRuntime(Deployment):
     """ONNX at opset 23 for ONNX Runtime: standard operators on the CPU, com.microsoft.MoE and QMoE on CUDA."""
 
     name = "onnxruntime"
+    TITLE: ClassVar[str] = "ONNX Runtime"
+    SUFFIX: ClassVar[str] = ".onnx"
+    FALLBACKS: ClassVar[tuple[str, ...]] = ("split",)
+    TRANSLATING: ClassVar[str] = "translating to ONNX"
     LOWER: ClassVar[Mapping[str, str]] = {
         "dispatch_ffn": f"{_SPLIT}; com.microsoft.MoE or QMoE where they express it and are faster",
         "permute": _SPLIT,
@@ -53,17 +58,15 @@ class OnnxRuntime(Backend):
     }
     NEVER: ClassVar[Mapping[str, str]] = {"ffn": "clean-up turns every dense block back into ATen operators"}
 
-    target: str = "cpu"
-    dtype: str = "float32"
     bits: int = 0  # of quantised expert weights: 8, 4, or 0 for none
-    tokens: int = 128  # expected in one call of the model
     threads: int = 0  # 0: all cores
     lowering: str = ""  # forces one
 
     def __post_init__(self) -> None:
-        _one_of("target", self.target, TARGETS)
-        _one_of("dtype", self.dtype, tuple(DTYPES))
-        _one_of("bits", str(self.bits), ("0", "4", "8"))
+        super().__post_init__()
+        one_of("target", self.target, TARGETS)
+        one_of("dtype", self.dtype, tuple(DTYPES))
+        one_of("bits", str(self.bits), ("0", "4", "8"))
         if self.bits and (self.target != "cuda" or self.dtype == "float32"):
             raise BadOption(
                 f"quantised experts need the cuda target and float16 or bfloat16, not {self.target} and {self.dtype}",
@@ -74,8 +77,10 @@ class OnnxRuntime(Backend):
                 f"bfloat16 needs the cuda target, not {self.target}: ONNX Runtime's CPU provider has no kernels for it",
                 hint="--target cuda, or --dtype float16",
             )
-        if self.tokens < 1:
-            raise BadOption(f"the expected number of tokens is {self.tokens}: it must be positive")
+
+    @property
+    def precision(self) -> str:
+        return f"int{self.bits}" if self.bits else self.dtype
 
     def versions(self) -> dict[str, str]:
         """Of the packages that have a say in what is written."""
@@ -153,7 +158,7 @@ class OnnxRuntime(Backend):
 
         ``forced`` names the lowering of some calls, by ``Call.name``. Raises OutputNotWritten, Refused.
         """
-        from moeify.backends.onnxruntime.lowering import Choice, lower
+        from moeify.backends.onnxruntime.lowering import lower
         from moeify.backends.onnxruntime.save import staged
         from moeify.backends.onnxruntime.session import DTYPE_KEY
 
@@ -183,11 +188,15 @@ class OnnxRuntime(Backend):
 
 
 class OnnxFile:
-    """A lowered model in a file that is not at its place yet."""
+    """A lowered model in a file that is not at its place yet: a ``Deployed``."""
 
     def __init__(self, lowered: Lowered, file: Staged, provider: str, threads: int | None) -> None:
         self.lowered, self.file = lowered, file
+        self.module: fx.GraphModule = lowered.module
+        self.calls: Sequence[Call] = lowered.calls
+        self.choices: Sequence[Choice] = lowered.choices
         self.provider, self.threads = provider, threads
+        self.verified_on = f"ONNX Runtime's {provider} provider"
 
     def seen(self, inputs: Sequence[torch.Tensor]) -> dict[str, Seen]:
         """What the runtime computes in every call, by ``Call.name``."""
@@ -224,11 +233,6 @@ class OnnxFile:
 def metadata(report: ExportReport) -> dict[str, str]:
     """What the file says of itself: ``moeify.report`` holds recipe, versions and errors."""
     return {"moeify.report": json.dumps(report.to_dict()), "moeify.needs_onnxruntime": NEEDS}
-
-
-def _one_of(option: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise BadOption(f"there is no {option} {value!r}", hint=f"choose one of {', '.join(choices)}")
 
 
 def _require_packages() -> None:

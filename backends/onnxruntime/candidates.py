@@ -7,9 +7,10 @@ from typing import Any
 import onnx_ir as ir
 import torch
 
+from moeify.backends.deploy import Choice
 from moeify.backends.exporting import export
 from moeify.backends.onnxruntime import contrib, cost, split
-from moeify.backends.onnxruntime.lowering import Choice, lower, neutral
+from moeify.backends.onnxruntime.lowering import lower, neutral
 from moeify.backends.onnxruntime.measure import Sessions
 from moeify.backends.onnxruntime.mixture import Mixture
 from moeify.backends.onnxruntime.neutral import to_onnx

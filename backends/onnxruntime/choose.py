@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 
+from moeify.backends.deploy import Choice
 from moeify.backends.onnxruntime import contrib, cost, portable
 from moeify.backends.onnxruntime.cost import CONTRIB, SPLIT
-from moeify.backends.onnxruntime.lowering import Choice, Choose
+from moeify.backends.onnxruntime.lowering import Choose
 from moeify.backends.onnxruntime.mixture import Mixture
 from moeify.errors import BadOption, Refused, UnknownName
 

@@ -10,6 +10,7 @@ import onnx_ir.passes.common as common
 from torch import fx
 
 from moeify.backends.calls import Call, find_calls
+from moeify.backends.deploy import Choice
 from moeify.backends.exporting import drop_router_noise, export
 from moeify.backends.onnxruntime import mixture as mixtures
 from moeify.backends.onnxruntime import split
@@ -26,14 +27,6 @@ _STANDARD: Mapping[str, Callable[[Emitter, ir.Node], None]] = {
     "GroupedLinear": split.lower_grouped_linear,
     "Experts": split.lower_experts,
 }
-
-
-@dataclass(frozen=True)
-class Choice:
-    """Which lowering a call gets, and why, in a few words."""
-
-    lowering: str
-    why: str
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from moeify.api import data as data_files
 from moeify.api.load import read_graph
 from moeify.api.progress import Progress, Silent
 from moeify.api.reporting import versions
-from moeify.backends.onnxruntime.backend import OnnxFile, OnnxRuntime
+from moeify.backends.deploy import Deployed, Deployment
+from moeify.backends.onnxruntime.backend import OnnxRuntime
 from moeify.errors import OutputNotWritten, UsageError, VerificationFailed
 from moeify.ir.export_report import ExportedCall, ExportReport
 from moeify.ir.program import Program, flat
@@ -24,8 +25,7 @@ from moeify.verify.measure import in_float32, outputs_error
 
 # In float32 the bound is for correctness. In fewer bits it is for nonsense (a transposed weight gives an error of 1):
 # what rounding costs is reported, and --tolerance holds it to what the user can bear.
-TOLERANCE = {"float32": 1e-4, "float16": 5e-2, "bfloat16": 2e-1}
-QUANTISED_TOLERANCE = {8: 1e-1, 4: 7e-1}
+TOLERANCE = {"float32": 1e-4, "float16": 5e-2, "bfloat16": 2e-1, "int8": 1e-1, "int4": 7e-1}
 # Share of tokens that may go to other experts because of a near-tie: rounding of a score is this likely to matter.
 _REROUTED = {"float32": 1e-3, "float16": 5e-2, "bfloat16": 2e-1}
 
@@ -33,7 +33,7 @@ _REROUTED = {"float32": 1e-3, "float16": 5e-2, "bfloat16": 2e-1}
 def export_file(
     model: str | Path,
     output: str | Path | None = None,
-    backend: OnnxRuntime | None = None,
+    backend: Deployment | None = None,
     *,
     data: str | Path | None = None,
     tolerance: float | None = None,
@@ -49,12 +49,12 @@ def export_file(
     started = time.perf_counter()
     progress = progress or Silent()
     backend = backend or OnnxRuntime()
-    if fallback not in (None, "split"):
-        raise UsageError(f"there is no fallback {fallback!r}", hint="split is the one that takes every block")
-    path = _output_path(Path(model), Path(output) if output is not None else None)
+    _check_fallback(fallback, backend)
+    path = _output_path(Path(model), Path(output) if output is not None else None, backend)
     if tolerance is None:
-        tolerance = QUANTISED_TOLERANCE[backend.bits] if backend.bits else TOLERANCE[backend.dtype]
+        tolerance = TOLERANCE[backend.precision]
     chosen = backend.chooser(tolerance)  # options that make no sense are refused before any work
+    timed = backend.measured() if measure else None
     progress.stage(f"reading {model}")
     program, facts = read_graph(Path(model))
     inputs = data_files.read(data, program.inputs) if data else program.example
@@ -71,13 +71,13 @@ def export_file(
     )
     progress.stage("running the program")
     reference = flat(program.run(*inputs))
-    progress.stage("translating to ONNX")
+    progress.stage(backend.TRANSLATING)
     program, notes = backend.cast(program)
     report.notes += notes
     source = backend.neutral(program)
-    if measure:
+    if timed is not None:
         progress.stage("measuring the lowerings")
-        chosen = backend.chooser(tolerance, backend.measured())
+        chosen = backend.chooser(tolerance, timed)
     job = _Job(backend, program, source, chosen, inputs, reference, dense, report, path, progress)
     try:
         job.attempt({})
@@ -103,7 +103,7 @@ class _Failed(Exception):
 
 @dataclasses.dataclass
 class _Job:
-    backend: OnnxRuntime
+    backend: Deployment
     program: Program
     source: Any  # the backend's form of the program before any choice
     chosen: Any  # what picks the lowering of each block
@@ -119,7 +119,7 @@ class _Job:
         self.progress.stage("lowering")
         with self.backend.lower(self.source, self.chosen, self.path, forced) as file:
             self._describe(file)
-            self.progress.stage(f"verifying on the {file.provider} provider")
+            self.progress.stage(f"verifying on {file.verified_on}")
             self._verify(file)
             self.progress.stage(f"writing {self.path}")
             self.report.output = str(self.path)
@@ -127,12 +127,12 @@ class _Job:
         self.report.files = [str(one) for one in files]
         self.report.bytes = sum(one.stat().st_size for one in files)
 
-    def _describe(self, file: OnnxFile) -> None:
+    def _describe(self, file: Deployed) -> None:
         report = self.report
-        report.provider = file.provider
+        report.provider, report.verified_on = file.provider, file.verified_on
         report.placements = file.placements() if self.backend.target == "cuda" else []
         report.blocks = []
-        for call, choice in zip(file.lowered.calls, file.lowered.choices):
+        for call, choice in zip(file.calls, file.choices):
             block = self.dense[call.block]
             entry = ExportedCall(
                 block["path"], call.number, choice.lowering, choice.why, block["experts"], block["top_k"]
@@ -141,14 +141,14 @@ class _Job:
             report.blocks.append(entry)
         report.warnings = list(dict.fromkeys(b.warning for b in report.blocks if b.warning))
 
-    def _verify(self, file: OnnxFile) -> None:
+    def _verify(self, file: Deployed) -> None:
         report = self.report
         inputs = self.backend.cast_inputs(self.inputs)
-        twin = dataclasses.replace(self.program, graph_module=file.lowered.module)
+        twin = dataclasses.replace(self.program, graph_module=file.module)
         with in_float32(twin) as module:
-            errors = call_errors(module, file.lowered.calls, file.seen(inputs), [_wide(t) for t in inputs])
+            errors = call_errors(module, file.calls, file.seen(inputs), [_wide(t) for t in inputs])
         failed = []
-        for call, entry in zip(file.lowered.calls, report.blocks):
+        for call, entry in zip(file.calls, report.blocks):
             error = errors[call.name]
             entry.relative_error, entry.rerouted = error.relative_error, error.rerouted
             if not self._agrees(error):
@@ -182,8 +182,10 @@ class _Job:
             what = f"{entry.rerouted} tokens go to other experts than in the program"
         else:
             what = f"the relative error is {entry.relative_error:.1e}, above {self.report.tolerance:.0e}"
-        mend = (
-            "" if entry.lowering == "split" else "; --fallback split lowers such blocks again, --tolerance accepts more"
+        mend = "".join(
+            f"; --fallback {name} lowers such blocks again, --tolerance accepts more"
+            for name in self.backend.FALLBACKS
+            if name != entry.lowering
         )
         return VerificationFailed(
             f"the {entry.lowering} lowering fails verification: {what}",
@@ -196,13 +198,24 @@ def _wide(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
-def _output_path(model: Path, output: Path | None) -> Path:
-    """``moe.pt2`` -> ``moe.onnx`` here. Raises before any work what would fail at its end."""
-    path = output if output is not None else Path(f"{model.name.removesuffix('.pt2')}.onnx")
-    if path.suffix != ".onnx":
-        raise UsageError(f"the output {path} does not end in .onnx", hint=f"write {path.with_suffix('.onnx')}")
+def _check_fallback(fallback: str | None, backend: Deployment) -> None:
+    if fallback is None or fallback in backend.FALLBACKS:
+        return
+    known = f"{', '.join(backend.FALLBACKS)} takes every block" if backend.FALLBACKS else "this backend has none"
+    raise UsageError(f"there is no fallback {fallback!r}", hint=known)
+
+
+def _output_path(model: Path, output: Path | None, backend: Deployment) -> Path:
+    """``moe.onnx`` or the folder ``moe-tvm``, here, for ``moe.pt2``. Raises early what would fail at the end."""
+    stem = model.name.removesuffix(".pt2")
+    path = output if output is not None else Path(stem + (backend.SUFFIX or f"-{backend.name}"))
+    if backend.SUFFIX and path.suffix != backend.SUFFIX:
+        hint = f"write {path.with_suffix(backend.SUFFIX)}"
+        raise UsageError(f"the output {path} does not end in {backend.SUFFIX}", hint=hint)
     if not path.absolute().parent.is_dir():
         raise OutputNotWritten(f"cannot write {path}: the folder {path.parent} does not exist")
-    if path.is_dir():
+    if backend.SUFFIX and path.is_dir():
         raise OutputNotWritten(f"cannot write {path}: it is a folder")
+    if not backend.SUFFIX and path.exists() and not path.is_dir():
+        raise OutputNotWritten(f"cannot write {path}: it is a file, and {backend.TITLE} gets a folder")
     return path

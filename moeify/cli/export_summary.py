@@ -21,7 +21,7 @@ def show(report: ExportReport) -> None:
         screen.paragraph("note", text, column=COLUMN)
     for text in report.warnings:
         screen.paragraph("warning", text, column=COLUMN, style="yellow")
-    if report.target == "cuda":
+    if report.backend == "onnxruntime" and report.target == "cuda":
         _readiness(screen, report)
     _proof(screen, report)
     size = f"{report.bytes / 1e6:.1f} MB" if report.bytes < 1e9 else f"{report.bytes / 1e9:.2f} GB"
@@ -73,7 +73,7 @@ def _readiness(screen: Screen, report: ExportReport) -> None:
 def _proof(screen: Screen, report: ExportReport) -> None:
     largest = max((entry.relative_error or 0.0 for entry in report.blocks), default=0.0)
     text = (
-        f"on ONNX Runtime's {report.provider} provider: every block within {report.tolerance:.0e} of the program "
+        f"on {report.verified_on}: every block within {report.tolerance:.0e} of the program "
         f"(largest {error(largest)}), whole model {error(report.model_relative_error)}"
     )
     screen.paragraph("verified", text, column=COLUMN, style="bold")

@@ -34,7 +34,8 @@ class ExportReport:
     files: list[str] = field(default_factory=list)
     bytes: int = 0
     blocks: list[ExportedCall] = field(default_factory=list)
-    provider: str = ""  # where it was verified
+    provider: str = ""  # where it was verified, in a word
+    verified_on: str = ""  # the same for a person
     verified: bool = False
     tolerance: float = 1e-4
     max_relative_error: float | None = None  # the largest of the blocks' and the whole model's
