@@ -7,5 +7,6 @@ BACKENDS = Registry(
     {
         "pt2": "moeify.backends.pt2:Pt2",
         "onnxruntime": "moeify.backends.onnxruntime.backend:OnnxRuntime",
+        "tvm": "moeify.backends.tvm.backend:Tvm",
     },
 )

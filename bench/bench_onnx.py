@@ -24,7 +24,7 @@ from rich.table import Table
 
 from bench import fitting
 from moeify.backends.onnxruntime import contrib, cost, dense, measure, split
-from moeify.backends.onnxruntime.mixture import Shape
+from moeify.backends.roofline import Shape
 
 D, D_FF, THREADS = 768, 3072, 2
 TOKENS = (1, 4, 16, 64, 128, 512, 2048)
@@ -87,7 +87,7 @@ def fit(peaks: tuple[float, float]) -> int:
     print(f"flops_per_thread: float = {peaks[0] / THREADS:.3g}\nbandwidth: float = {peaks[1]:.3g}")
     for name in (cost.DENSE, cost.SPLIT, cost.CONTRIB):
         points = [(row["shape"], row["tokens"], row["best"]) for row in rows if row["lowering"] == name]
-        kernel, error = fitting.fit(name, points, peaks, THREADS)
+        kernel, error = fitting.fit(cost.MEASURED.kernels[name], points, peaks, THREADS)
         print(f"{name}: {kernel}  # typical error {error:.0%}")
     return 0
 

@@ -7,9 +7,8 @@ import math
 import random
 from collections.abc import Sequence
 
-from moeify.backends.onnxruntime import cost
-from moeify.backends.onnxruntime.cost import Constants, Kernel
-from moeify.backends.onnxruntime.mixture import Shape
+from moeify.backends import roofline
+from moeify.backends.roofline import Kernel, Rates, Shape
 
 # The constants and what they can be at all: a fit to noisy times must not explain them with the impossible.
 _BOUNDS = {
@@ -25,25 +24,26 @@ _STEPS, _STARTS = 4000, 4
 Point = tuple[Shape, int, float]  # shape, tokens, seconds
 
 
-def fit(name: str, points: Sequence[Point], peaks: tuple[float, float], threads: int) -> tuple[Kernel, float]:
+def fit(first: Kernel, points: Sequence[Point], peaks: tuple[float, float], threads: int) -> tuple[Kernel, float]:
     """The kernel that is closest in the logarithm of time, and its root mean square relative error.
+
+    ``first`` is where the search begins; a constant that is 0 there stays 0.
 
     Random steps of shrinking size in the logarithms of the constants, from several seeds: there is no gradient at
     the corners of the roofline. Times are the best of their rounds, which a busy neighbour disturbs least.
     """
-    found = [_descend(random.Random(seed), name, points, peaks, threads) for seed in range(_STARTS)]
+    found = [_descend(random.Random(seed), first, points, peaks, threads) for seed in range(_STARTS)]
     loss, kernel = min(found, key=lambda pair: pair[0])
     rounded = {key: float(f"{getattr(kernel, key):.3g}") for key in _BOUNDS}
     return dataclasses.replace(kernel, **rounded), math.sqrt(loss)  # type: ignore[arg-type]
 
 
 def _descend(
-    draw: random.Random, name: str, points: Sequence[Point], peaks: tuple[float, float], threads: int
+    draw: random.Random, first: Kernel, points: Sequence[Point], peaks: tuple[float, float], threads: int
 ) -> tuple[float, Kernel]:
-    best = cost.MEASURED.kernels[name]
-    # A constant of zero stays zero: one expert has no overhead of its own beside that of the call.
+    best = first
     free = [key for key in _BOUNDS if getattr(best, key) > 0]
-    least = _loss(best, name, points, peaks, threads)
+    least = _loss(best, points, peaks, threads)
     for step in range(_STEPS):
         width = 0.5 * (1 - step / _STEPS) + 0.01
         moved = {
@@ -52,17 +52,17 @@ def _descend(
             if draw.random() < 0.5
         }
         tried = dataclasses.replace(best, **moved)  # type: ignore[arg-type]
-        loss = _loss(tried, name, points, peaks, threads)
+        loss = _loss(tried, points, peaks, threads)
         if loss < least:
             best, least = tried, loss
     return least, best
 
 
-def _loss(kernel: Kernel, name: str, points: Sequence[Point], peaks: tuple[float, float], threads: int) -> float:
+def _loss(kernel: Kernel, points: Sequence[Point], peaks: tuple[float, float], threads: int) -> float:
     """The mean square of the logarithm of modelled over measured time."""
-    constants = Constants(peaks[0] / threads, peaks[1], {name: kernel})
+    rates = Rates(peaks[0] / threads, peaks[1])
     errors = [
-        math.log(cost.seconds(name, shape, False, tokens, threads, constants) / seconds)
+        math.log(roofline.seconds(kernel, rates, shape, False, tokens, threads) / seconds)
         for shape, tokens, seconds in points
     ]
     return sum(error**2 for error in errors) / len(errors)

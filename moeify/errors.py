@@ -131,3 +131,30 @@ class OutputNotWritten(MoeifyError):
 
 class RuntimeUnavailable(MoeifyError):
     """A runtime, a provider of it, or a version of it that this needs is not here."""
+
+
+# --- expert parallelism: exit code 1 ------------------------------------------------------------------------------
+
+
+class DistributedError(MoeifyError):
+    """Something between ranks. Base of the classes below."""
+
+
+class UnboundRole(DistributedError):
+    """A sharded graph that runs before its role was bound to a group of ranks."""
+
+
+class GroupMismatch(DistributedError):
+    """A group of ranks that is not the one a graph was made for."""
+
+
+class RanksDiffer(DistributedError):
+    """Ranks that do not run one and the same program."""
+
+
+class RankLost(DistributedError):
+    """A rank that ended, or that did not come to an exchange in time."""
+
+
+class NonFiniteValues(DistributedError):
+    """NaN or infinity in a rank's inputs or gradients."""

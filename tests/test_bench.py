@@ -191,7 +191,7 @@ def test_json(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     }  # fmt: skip
     kinds = [
         ("torch", "dense"), ("torch", "dispatch_ffn"), ("onnxruntime", "dense"), ("onnxruntime", "split"),
-        ("onnxruntime", "com.microsoft.MoE"),
+        ("onnxruntime", "com.microsoft.MoE"), ("tvm", "dense"), ("tvm", "fused"),
     ]  # fmt: skip
     assert [(r["tokens"], r["runtime"], r["lowering"]) for r in data["rows"]] == [
         (n, *k) for n in (1, 16) for k in kinds
@@ -208,6 +208,7 @@ def test_table_and_plot(file: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     out = capsys.readouterr().out
     assert out.startswith("moe.pt2\n  tokens  runtime")
     assert "  4       onnxruntime  split" in out
+    assert "  4       tvm          fused" in out
     assert out.endswith(f"wrote        {plot}\n")
     assert plot.read_bytes().startswith({"png": b"\x89PNG", "svg": b"<?xml"}[suffix])
     assert list(tmp_path.iterdir()) == [plot]
@@ -230,6 +231,22 @@ def test_without_onnx_runtime(file: Path, capsys: pytest.CaptureFixture[str], mo
         "error: moeify bench needs the package onnx, which is not installed\n"
         "  hint: pip install 'moeify[onnxruntime]'\n"
     )
+
+
+def test_without_tvm_the_rest_is_timed_and_a_note_says_so(
+    file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from moeify.backends.tvm import packages
+
+    def none(name: str) -> str:
+        raise packages.importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(packages.importlib.metadata, "version", none)
+    assert main(["bench", str(file), "--tokens", "4", "--threads", "1", "--rounds", "1", "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert {row["runtime"] for row in data["rows"]} == {"torch", "onnxruntime"}
+    why = "the tvm backend needs the package apache-tvm, which is not installed"
+    assert data["notes"] == [f"{file}: not compiled by TVM: {why}"]
 
 
 @pytest.mark.parametrize(

@@ -204,7 +204,9 @@ def test_grouped_mm_is_for_cuda_and_aligned_widths() -> None:
 def test_names() -> None:
     routed = ["permute", "unpermute", "experts", "dispatch_ffn"]
     grouped = ["grouped_linear", "grouped_outer", "grouped_sum"]
-    assert sorted(ops.NAMES) == sorted(["ffn", *routed, *grouped, "jitter_like", "normal_like"])
+    exchange = ["all_to_all_rows", "all_to_all_even"]
+    groups = ["transpose_groups", "local_counts", "pad_groups", "unpad_groups"]
+    assert sorted(ops.NAMES) == sorted(["ffn", *routed, *grouped, *exchange, *groups, "jitter_like", "normal_like"])
 
 
 def test_refusals() -> None:

@@ -111,7 +111,7 @@ class OnnxRuntime(Deployment):
         if self.target == "cuda":
             return None  # the constants are of CPUs; no GPU has been timed
         from moeify.backends.onnxruntime import cost
-        from moeify.backends.onnxruntime.mixture import Shape
+        from moeify.backends.roofline import Shape
 
         shape = Shape(block["experts"], block["d_model"], block["d_expert"], block["d_model"], block["top_k"])
         return cost.warning(shape, block["d_ff"], block["gated"], self.tokens, self.threads or None)

@@ -1,16 +1,4 @@
-"""What a lowering will cost on the CPU, from a few measured constants.
-
-The floor of a block is a roofline: ``max(FLOPs of the rows / peak, bytes of the experts touched / bandwidth)``. A
-lowering is modelled as
-
-    call + expert * E + touched * max(2 * w * (r + half_rows) / (peak * efficiency), bytes of w / (bandwidth * stream))
-         + touched * repack * (1 - 1 / r) * bytes of w / bandwidth + passes * bytes of the rows / bandwidth
-
-where w is the number of weights of one expert, ``touched`` the number of experts that have rows when tokens choose
-evenly, and r their rows. ``half_rows`` is what a matrix costs before its first row (short tiles): with r = half_rows
-half of the efficiency is reached. ``repack`` is the copying of weights in every call, which the contrib operator does
-unless an expert has a single row. The dense FFN is the same formula with one expert that takes every token.
-"""
+"""What a lowering will cost on the CPU: the constants of ``backends.roofline`` for ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -18,34 +6,24 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from moeify.backends.onnxruntime.mixture import Shape
+from moeify.backends import roofline
+from moeify.backends.roofline import Kernel, Rates, Shape, dense_shape, floor, touched, weights_per_expert
+
+__all__ = [
+    "CONTRIB", "DENSE", "MEASURED", "SPLIT", "Constants", "Kernel", "Shape", "dense_seconds", "dense_shape", "floor",
+    "seconds", "touched", "warning", "weights_per_expert",
+]  # fmt: skip
 
 DENSE, SPLIT, CONTRIB = "dense", "split", "com.microsoft.MoE"
-_SLOWER = 1.02  # the model is not good to more than a few percent; below this it has nothing to say
 
 
 @dataclass(frozen=True)
-class Kernel:
-    """The constants of one lowering; see the module. ``call`` and ``expert`` are seconds, ``half_rows`` rows."""
-
-    call: float
-    expert: float
-    efficiency: float
-    half_rows: float
-    stream: float
-    passes: float
-    repack: float = 0.0
-    expert_to_thread: bool = False  # experts are dealt out to threads, so fewer experts than threads leave some idle
-
-
-@dataclass(frozen=True)
-class Constants:
+class Constants(Rates):
     """Measured with ONNX Runtime 1.31.1 in float32 on an x86-64 server with AVX2 and 32 MB of last-level cache,
     2 threads, by ``python -m bench.bench_onnx --fit``, which prints these lines for another machine.
 
-    ``flops_per_thread`` is the rate of a large matrix product on one thread, ``bandwidth`` the bytes a second that all
-    threads read from memory together. The typical error against the times they were fitted to is 16 %. A constant
-    alone means little: a block's weights may stay in the cache between calls, so ``stream`` can be above 1.
+    The typical error against the times they were fitted to is 16 %. A constant alone means little: a block's weights
+    may stay in the cache between calls, so ``stream`` can be above 1.
     """
 
     flops_per_thread: float = 6.17e10
@@ -70,30 +48,6 @@ _KERNELS: Mapping[str, Kernel] = {
 MEASURED = Constants()
 
 
-def weights_per_expert(shape: Shape, gated: bool) -> int:
-    """Elements of the matrices of one expert; its FLOPs a row are twice that."""
-    return shape.d_expert * (shape.d_model * (2 if gated else 1) + shape.d_out)
-
-
-def touched(shape: Shape, tokens: int) -> float:
-    """How many experts are expected to get a row when every token chooses ``top_k`` of them evenly."""
-    return shape.num_experts * (1.0 - (1.0 - shape.top_k / shape.num_experts) ** tokens)
-
-
-def dense_shape(shape: Shape, d_ff: int) -> Shape:
-    """The dense FFN as one expert that takes every token."""
-    return Shape(1, shape.d_model, d_ff, shape.d_out, 1)
-
-
-def floor(
-    shape: Shape, gated: bool, tokens: int, *, flops: float, bandwidth: float, weight_bytes: float = 4.0
-) -> float:
-    """Seconds below which no lowering of one call can go on a machine of ``flops`` a second and ``bandwidth``."""
-    weights = weights_per_expert(shape, gated)
-    compute = 2.0 * weights * tokens * shape.top_k / flops
-    return max(compute, touched(shape, tokens) * weights * weight_bytes / bandwidth)
-
-
 def seconds(
     lowering: str,
     shape: Shape,
@@ -108,16 +62,8 @@ def seconds(
 
     ``threads`` None is all cores, as in ONNX Runtime; ``weight_bytes`` is the size of one weight in memory.
     """
-    kernel, threads = constants.kernels[lowering], threads or os.cpu_count() or 1
-    weights, used = weights_per_expert(shape, gated), touched(shape, tokens)
-    rows = tokens * shape.top_k / used
-    busy = min(threads, used) if kernel.expert_to_thread else threads
-    compute = 2.0 * weights * (rows + kernel.half_rows) / (constants.flops_per_thread * busy * kernel.efficiency)
-    stream = weights * weight_bytes / (constants.bandwidth * kernel.stream)
-    row = 4.0 * (shape.d_model + shape.d_expert * (2 if gated else 1) + shape.d_out)
-    moved = kernel.passes * tokens * shape.top_k * row / constants.bandwidth
-    repacked = kernel.repack * (1.0 - 1.0 / rows) * weights * weight_bytes / constants.bandwidth
-    return kernel.call + kernel.expert * shape.num_experts + used * (max(compute, stream) + repacked) + moved
+    kernel = constants.kernels[lowering]
+    return roofline.seconds(kernel, constants, shape, gated, tokens, threads, weight_bytes=weight_bytes)
 
 
 def dense_seconds(
@@ -140,21 +86,4 @@ def warning(
     """One line when even the fastest lowering of the block is expected to be slower than the dense block, else None."""
     sparse = min(seconds(name, shape, gated, tokens, threads, constants) for name in (SPLIT, CONTRIB))
     dense = dense_seconds(shape, d_ff, gated, tokens, threads, constants)
-    if sparse <= dense * _SLOWER:
-        return None
-    return (
-        f"at {tokens} {'token' if tokens == 1 else 'tokens'} the sparse block takes about {sparse / dense:.1f} x the "
-        f"time of the dense one: {_reason(shape, d_ff, tokens, threads, constants)}"
-    )
-
-
-def _reason(shape: Shape, d_ff: int, tokens: int, threads: int | None, constants: Constants) -> str:
-    """The largest of the causes, in a few words."""
-    active, used = shape.top_k * shape.d_expert, touched(shape, tokens)
-    computing = 2.0 * tokens * active / (constants.flops_per_thread * (threads or os.cpu_count() or 1))
-    reading = used * shape.d_expert * 4.0 / constants.bandwidth  # both per column of the model's width
-    if active > d_ff and computing > reading:
-        return f"a token goes through {active} hidden units, the dense block has {d_ff}"
-    if used * shape.d_expert > d_ff:
-        return f"the weights of {used:.0f} experts are read, {used * shape.d_expert / d_ff:.1f} x the dense ones"
-    return f"{shape.num_experts} experts of {shape.d_expert} are too small to pay for their overhead"
+    return roofline.warning(sparse, dense, shape, d_ff, tokens, threads or os.cpu_count() or 1, constants)

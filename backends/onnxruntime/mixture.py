@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from moeify.backends.calls import Call
 from moeify.backends.onnxruntime.emit import Emitter
+from moeify.backends.roofline import Shape
 
 # The order of the weights in the operators' signatures.
 ROLES = ("up", "gate", "down", "up_bias", "gate_bias", "down_bias")
@@ -48,17 +49,6 @@ class Mixture:
 
     def array(self, role: str) -> numpy.ndarray:
         return array(self.stacked[role])
-
-
-@dataclass(frozen=True)
-class Shape:
-    """E experts of D -> F -> O, of which a token is sent to K."""
-
-    num_experts: int
-    d_model: int
-    d_expert: int
-    d_out: int
-    top_k: int
 
 
 def read(node: ir.Node, call: Call) -> Mixture:

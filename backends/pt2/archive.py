@@ -33,6 +33,12 @@ class Pt2(Backend):
         "grouped_linear": _KEPT,
         "experts": _KEPT,
         "dispatch_ffn": _KEPT,
+        "transpose_groups": _KEPT,
+        "local_counts": _KEPT,
+        "pad_groups": _KEPT,
+        "unpad_groups": _KEPT,
+        "all_to_all_rows": _KEPT,
+        "all_to_all_even": _KEPT,
         "jitter_like": _KEPT,
         "normal_like": _KEPT,
     }

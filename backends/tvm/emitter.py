@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import tvm
-from tvm import relax, tirx
+from tvm import relax, s_tir, tirx
 
 from moeify.backends.tvm.machine import Machine
 from moeify.backends.tvm.weights import Weights
@@ -37,7 +37,7 @@ class Emitter:
         ``scheduled`` False leaves it to the target's schedule rules. Gives a GlobalVar for ``call``.
         """
         if name not in self._kernels:
-            function = make().with_attr("global_symbol", name)
+            function = _in_a_block(make()).with_attr("global_symbol", name)
             if scheduled:
                 function = function.with_attrs(_OWN)
             else:
@@ -48,6 +48,13 @@ class Emitter:
     def call(self, kernel: Any, arguments: Sequence[Any], out: Any) -> relax.Var:
         """Call a kernel in destination-passing style. ``out`` is the type of its result, or a list of types."""
         return self.emit(relax.call_tir(kernel, list(arguments), out))
+
+
+def _in_a_block(function: tirx.PrimFunc) -> tirx.PrimFunc:
+    """The same with its body in a root block: TVM's search for reshapes fails on a kernel that has none."""
+    if isinstance(function.body, s_tir.SBlockRealize):
+        return function
+    return function.with_body(s_tir.SBlockRealize([], True, s_tir.SBlock([], [], [], "root", function.body)))
 
 
 def shape_of(expr: Any) -> list[Any]:
@@ -67,5 +74,6 @@ def rows(emitter: Emitter, x: Any) -> tuple[Any, list[Any]]:
     total: Any = 1
     for size in leading:
         total = total * size
-    analyzer = tvm.arith.Analyzer()
-    return emitter.emit(relax.op.reshape(x, (analyzer.simplify(total) if leading else 1, width))), leading
+    if not isinstance(total, int):
+        total = tvm.sym.Analyzer().simplify(total)
+    return emitter.emit(relax.op.reshape(x, (total, width))), leading

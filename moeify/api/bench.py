@@ -1,4 +1,4 @@
-"""Times of converted programs: PyTorch and ONNX Runtime, dense and sparse, side by side in one process."""
+"""Times of converted programs: PyTorch, ONNX Runtime and TVM, dense and sparse, side by side in one process."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from moeify.api.dense_twin import dense_twin
 from moeify.api.load import read_graph
 from moeify.api.progress import Progress, Silent
 from moeify.api.work import Peaks, Rest
-from moeify.errors import BadOption, Refused, RuntimeUnavailable
+from moeify.errors import BadOption, NotExportable, Refused, RuntimeUnavailable
 from moeify.ir.modes import set_training
 from moeify.ir.program import Program
 from moeify.ir.report import BlockReport, Report
 
 TOKENS = (1, 16, 128, 512)
-DENSE, TORCH, ORT = "dense", "torch", "onnxruntime"
+DENSE, TORCH, ORT, TVM = "dense", "torch", "onnxruntime", "tvm"
 FUSED = "dispatch_ffn"  # what the MoE is in PyTorch
 _PACKAGES = ("onnx", "onnx_ir", "onnxscript", "onnxruntime")
 
@@ -71,11 +71,13 @@ def bench_files(
     rounds: int | None = None,
     progress: Progress | None = None,
 ) -> Bench:
-    """Time what ``moeify convert`` wrote: its dense twin and itself in PyTorch, and in ONNX Runtime by every lowering.
+    """Time what ``moeify convert`` wrote: its dense twin and itself in PyTorch, in ONNX Runtime by every lowering, and
+    compiled by TVM for this machine.
 
     A number of ``tokens`` becomes a batch of sequences of at most 128; sizes that a model fixes stay. All candidates
     take turns within a round. ``rounds`` None is as many as fit a second or two. Sets torch's number of threads.
-    Raises a MoeifyError; RuntimeUnavailable without ONNX Runtime.
+    Raises a MoeifyError; RuntimeUnavailable without ONNX Runtime. Without TVM, or where it cannot compile the program,
+    its rows are left out and a note says why.
     """
     _check(tokens, threads, rounds)
     from moeify.backends.onnxruntime import measure
@@ -110,6 +112,7 @@ def _bench(
     file: Path, made: Bench, peaks: Peaks, tokens: Sequence[int], rounds: int | None, progress: Progress
 ) -> None:
     from moeify.backends.onnxruntime import candidates, measure
+    from moeify.backends.tvm.candidates import Libraries
 
     progress.stage(f"{file}: reading")
     program, facts = read_graph(file)
@@ -123,8 +126,12 @@ def _bench(
         models[DENSE] = candidates.dense(twin)
     first, _ = work.observe(program, program.example)
     example_rows = max(first, default=1)
-    with measure.Sessions(made.threads) as sessions:
+    with measure.Sessions(made.threads) as sessions, Libraries(made.threads) as libraries:
         runner = candidates.Runner(models, sessions)
+        progress.stage(f"{file}: compiling with TVM")
+        compiled = _compile(libraries, program, twin, file, made)
+        served = [(ORT, name, runner) for name in sorted(models, key=lambda name: name != DENSE)]
+        served += [(TVM, name, libraries) for name in compiled]
         done: set[int] = set()
         for wanted in tokens:
             one = batch(program, wanted, example_rows)
@@ -133,7 +140,7 @@ def _bench(
                 continue
             done.add(max(rows))
             progress.stage(f"{file}: {max(rows)} tokens")
-            calls = _calls(program, twin, runner, list(models), one.inputs)
+            calls = _calls(program, twin, served, one.inputs)
             taken = measure.interleaved(calls, rounds)
             floors = _floors(program, twin, blocks, rows, rest, one.inputs, peaks)
             made.rows += rows_of(file.name, taken, max(rows), made.threads, floors)
@@ -150,15 +157,29 @@ def _twin(program: Program, blocks: Mapping[str, BlockReport], file: Path, made:
         return None
 
 
+def _compile(libraries: Any, program: Program, twin: Program | None, file: Path, made: Bench) -> list[str]:
+    """The names of what TVM compiled: all or, with a note, nothing."""
+    from moeify.backends.tvm.candidates import FUSED as COMPILED
+
+    wanted = {COMPILED: program} if twin is None else {DENSE: twin, COMPILED: program}
+    for name, one in wanted.items():
+        try:
+            libraries.add(name, one)
+        except (NotExportable, Refused, RuntimeUnavailable) as error:
+            made.notes.append(f"{file}: not compiled by TVM: {error.what}")
+            return []
+    return list(wanted)
+
+
 def _calls(
-    program: Program, twin: Program | None, runner: Any, lowerings: Sequence[str], inputs: tuple[torch.Tensor, ...]
+    program: Program, twin: Program | None, served: Sequence[tuple[str, str, Any]], inputs: tuple[torch.Tensor, ...]
 ) -> dict[tuple[str, str], Callable[[], Any]]:
     calls: dict[tuple[str, str], Callable[[], Any]] = {}
     if twin is not None:
         calls[TORCH, DENSE] = lambda: twin.run(*inputs)
     calls[TORCH, FUSED] = lambda: program.run(*inputs)
-    for name in sorted(lowerings, key=lambda name: name != DENSE):
-        calls[ORT, name] = lambda name=name: runner.call(name, inputs)  # type: ignore[misc]
+    for runtime, name, runner in served:
+        calls[runtime, name] = lambda name=name, runner=runner: runner.call(name, inputs)  # type: ignore[misc]
     return calls
 
 

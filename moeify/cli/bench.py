@@ -22,7 +22,7 @@ def bench(
     tokens: Annotated[
         str, typer.Option(metavar="N,N,...", help="Tokens (batch x sequence) in one call, swept.")
     ] = "1,16,128,512",
-    threads: Annotated[int, typer.Option(min=1, metavar="N", help="Threads of both runtimes.")] = 2,
+    threads: Annotated[int, typer.Option(min=1, metavar="N", help="Threads of every runtime.")] = 2,
     rounds: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Times each is timed, in turn.  [5 to 15]")
     ] = None,
@@ -32,7 +32,7 @@ def bench(
     as_json: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
-    """Time FILE and its dense twin side by side: PyTorch, and ONNX Runtime by every lowering that fits."""
+    """Time FILE and its dense twin side by side: PyTorch, ONNX Runtime by every lowering that fits, and TVM."""
     counts = _counts(tokens)
     if plot is not None:
         from moeify.cli import chart

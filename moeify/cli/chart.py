@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from moeify.api.bench import Row
 
 _KINDS = (".png", ".svg")
-_STYLE = {"torch": "--", "onnxruntime": "-"}
+_STYLE = {"torch": "--", "onnxruntime": "-", "tvm": "-."}
 
 
 def check(path: Path) -> None:

@@ -17,6 +17,8 @@ _TABLE = {
     "verify": ("verify", "Compare the outputs of two models."),
     "bench": ("bench", "Time a converted model against its dense twin, in PyTorch and ONNX Runtime."),
     "export": ("export", "Lower what convert wrote to a runtime's file, verified there."),
+    "plan": ("plan", "Say what expert parallelism would cost, on any number of devices."),
+    "calibrate": ("plan", "Measure the links and the arithmetic of this machine, for plan."),
     "passes": ("listings", "List the passes."),
     "methods": ("listings", "List the ways to make experts."),
     "routers": ("listings", "List the routers."),

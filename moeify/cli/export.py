@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from moeify.cli import options
 from moeify.cli.output import only_json, write_json
+
+if TYPE_CHECKING:
+    from moeify.backends.deploy import Deployment
 
 
 def export(
@@ -17,23 +20,36 @@ def export(
         str, typer.Option("--to", metavar="BACKEND", help="The runtime, see 'moeify backends'.")
     ] = "onnxruntime",
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="OUT.onnx", help="What to write.  [FILE's name, here]")
+        Path | None,
+        typer.Option("--output", "-o", metavar="OUT", help="The .onnx file or TVM folder.  [FILE's name, here]"),
     ] = None,
     target: Annotated[
-        str,
-        typer.Option(metavar="WHERE", help="cpu, cuda, or portable: fused in ONNX Runtime, standard ONNX elsewhere."),
-    ] = "cpu",
-    dtype: Annotated[str, typer.Option(metavar="TYPE", help="float32, float16 or bfloat16.")] = "float32",
+        str | None,
+        typer.Option(metavar="WHERE", help="cpu, cuda; onnxruntime: portable too; tvm: 'llvm -mcpu=...' too.  [cpu]"),
+    ] = None,
+    arch: Annotated[
+        str | None, typer.Option(metavar="SM", help="tvm, target cuda: sm_80 or sm_90, the GPU's architecture.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(metavar="TYPE", help="float32, float16 or bfloat16.  [float32]")] = None,
+    expert_dtype: Annotated[
+        str | None,
+        typer.Option(metavar="TYPE", help="tvm, target cpu: store the experts so, compute in float32.  [float32]"),
+    ] = None,
     bits: Annotated[
-        int, typer.Option(metavar="N", help="Quantise the experts to 8 or 4 bits (target cuda, half precision).")
-    ] = 0,
+        int | None,
+        typer.Option(metavar="N", help="onnxruntime: quantise the experts to 8 or 4 bits (cuda, half precision)."),
+    ] = None,
     tokens: Annotated[
-        int, typer.Option(metavar="N", help="Tokens (batch x sequence) you expect in one call: decides the lowering.")
-    ] = 128,
-    threads: Annotated[int, typer.Option(metavar="N", help="Threads you will run it with; 0: all cores.")] = 0,
+        int | None,
+        typer.Option(metavar="N", help="Tokens (batch x sequence) expected in one call: decides the lowering.  [128]"),
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(metavar="N", help="Threads you will run it with; 0: all cores.  [0]")
+    ] = None,
     lowering: Annotated[
-        str, typer.Option(metavar="NAME", help="Use this lowering for every block: split, com.microsoft.MoE, ...")
-    ] = "",
+        str | None,
+        typer.Option(metavar="NAME", help="Use this for every block: split, com.microsoft.MoE; tuned, reference."),
+    ] = None,
     measure: Annotated[
         bool, typer.Option("--measure", help="Time the lowerings on this machine instead of estimating.")
     ] = False,
@@ -57,8 +73,18 @@ def export(
     if to == "pt2":
         from moeify.errors import UsageError
 
-        raise UsageError(f"{model} is a pt2 already", hint="--to onnxruntime")
-    backend = kind(target=target, dtype=dtype, bits=bits, tokens=tokens, threads=threads, lowering=lowering)
+        raise UsageError(f"{model} is a pt2 already", hint="--to onnxruntime or --to tvm")
+    given = {
+        "target": target,
+        "arch": arch,
+        "dtype": dtype,
+        "expert_dtype": expert_dtype,
+        "bits": bits,
+        "tokens": tokens,
+        "threads": threads,
+        "lowering": lowering,
+    }
+    backend = _configured(kind, {name: value for name, value in given.items() if value is not None})
     with only_json(as_json), Bars() as bars:
         report = export_file(
             model,
@@ -74,3 +100,11 @@ def export(
         write_json(report.to_dict())
     else:
         export_summary.show(report)
+
+
+def _configured(kind: type[Deployment], given: dict[str, Any]) -> Deployment:
+    from moeify.errors import BadOption
+
+    for name in given.keys() - kind.options():
+        raise BadOption(f"--{name.replace('_', '-')} is no option of the {kind.name} backend")
+    return kind(**given)

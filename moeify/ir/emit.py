@@ -79,6 +79,9 @@ def fake_result(program: Program, node: fx.Node, mode: FakeTensorMode) -> Any:
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
     if node.target is operator.getitem:
         return args[0][args[1]]  # type: ignore[index]
+    if torch.Tag.data_dependent_output in getattr(node.target, "tags", ()):
+        with mode:  # a number of its own each time
+            return node.target(*args, **kwargs)  # type: ignore[operator]
     key = node.target, _describe(args), _describe(tuple(kwargs.items()))
     return _remembered(program, mode, key, lambda: node.target(*args, **kwargs))  # type: ignore[operator]
 

@@ -13,6 +13,10 @@ the inner and outer width of one grouped linear. Gated means ``h = act(gate) * u
 | ``grouped_outer``, ``grouped_sum`` | the weight and bias gradients of ``grouped_linear`` | none |
 | ``experts`` | the experts' FFN over sorted rows | rows, all weights |
 | ``dispatch_ffn`` | permute + experts + unpermute in one | x, weights, all expert weights |
+| ``transpose_groups`` | rows sorted by (a, b) into rows sorted by (b, a) | rows |
+| ``pad_groups``, ``unpad_groups`` | each expert's rows in a buffer of one size, and back | rows |
+| ``local_counts`` | the rows that all ranks sent to each of this rank's experts | none |
+| ``all_to_all_rows``, ``all_to_all_even`` | rows that change ranks, see ``ops_exchange`` | x |
 | ``jitter_like``, ``normal_like`` | router noise in training; ones, zeros otherwise | none |
 
 On the CPU an operator runs one GEMM per expert that has rows. On CUDA it runs ``torch.nn.functional.grouped_mm`` where
@@ -24,7 +28,16 @@ autograd traces through them; double backward is not supported.
 
 from __future__ import annotations
 
-from moeify.ir import ops_autocast, ops_experts, ops_ffn, ops_permute, ops_random
+from moeify.ir import ops_autocast, ops_exchange, ops_experts, ops_ffn, ops_groups, ops_permute, ops_random
 from moeify.ir.ops_library import NAMES
 
-__all__ = ["NAMES", "ops_autocast", "ops_experts", "ops_ffn", "ops_permute", "ops_random"]
+__all__ = [
+    "NAMES",
+    "ops_autocast",
+    "ops_exchange",
+    "ops_experts",
+    "ops_ffn",
+    "ops_groups",
+    "ops_permute",
+    "ops_random",
+]

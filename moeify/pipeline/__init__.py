@@ -12,6 +12,9 @@ PASSES = Registry(
         "route": "moeify.passes.route:Route",
         "lower-experts": "moeify.passes.lower_experts:LowerExperts",
         "fuse-dispatch": "moeify.passes.fuse_dispatch:FuseDispatch",
+        "place-experts": "moeify.passes.place_experts:PlaceExperts",
+        "shard-experts": "moeify.passes.shard_experts:ShardExperts",
+        "lower-exchange": "moeify.passes.lower_exchange:LowerExchange",
         "clean-up": "moeify.passes.clean_up:CleanUp",
     },
 )

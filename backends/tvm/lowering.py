@@ -1,0 +1,68 @@
+"""A Program as the torch graph that is imported into Relax, and what the compiled function takes and gives."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.experimental.symbolic_shapes import is_concrete_int
+
+from moeify.backends.calls import Call, find_calls
+from moeify.backends.exporting import drop_router_noise, export
+from moeify.backends.tvm.types import dtype_name
+from moeify.ir.program import InputSpec, Program
+
+
+@dataclass(frozen=True)
+class Source:
+    """The unlifted torch graph of a program, its calls, and its inputs."""
+
+    module: fx.GraphModule
+    calls: list[Call]
+    inputs: tuple[InputSpec, ...]
+
+
+def source(program: Program) -> Source:
+    """Raises NotExportable."""
+    still = program.clone()
+    drop_router_noise(still)
+    module = export(still).module(check_guards=False)
+    return Source(module, find_calls(module.graph), program.inputs)
+
+
+def inputs_json(inputs: Sequence[InputSpec]) -> list[dict[str, Any]]:
+    """The inputs in order, for moeify.json: sizes are numbers, or names of dimensions that may differ."""
+    return [{"name": i.name, "dtype": dtype_name(i.dtype), "shape": list(i.shape)} for i in inputs]
+
+
+def outputs_json(origin: Source) -> list[dict[str, Any]]:
+    """The outputs in order: as the inputs, a size that depends on more than one dimension as its formula."""
+    names = _symbols(origin)
+    (result,) = origin.module.graph.output_node().args
+    values = [leaf.meta["val"] for leaf in torch.utils._pytree.tree_leaves(result) if isinstance(leaf, fx.Node)]
+    return [
+        {"dtype": dtype_name(value.dtype), "shape": [_size(size, names) for size in value.shape]} for value in values
+    ]
+
+
+def _symbols(origin: Source) -> dict[str, str]:
+    """torch's symbols -> the names of dimensions in the input specifications."""
+    found: dict[str, str] = {}
+    placeholders = origin.module.graph.find_nodes(op="placeholder")
+    for node, spec in zip(placeholders, origin.inputs, strict=True):
+        for size, name in zip(node.meta["val"].shape, spec.shape, strict=True):
+            if isinstance(name, str):
+                found.setdefault(str(size), name)
+    return found
+
+
+def _size(size: Any, names: dict[str, str]) -> int | str:
+    if is_concrete_int(size):
+        return int(size)
+    text = str(size)
+    for symbol in sorted(names, key=len, reverse=True):
+        text = text.replace(symbol, names[symbol])
+    return text

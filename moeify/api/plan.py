@@ -1,0 +1,158 @@
+"""What expert parallelism would cost a model file, and a converted one with its experts placed by measured loads."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from moeify import frontend
+from moeify.api import data as data_files
+from moeify.api import reporting
+from moeify.api.convert import captured, check_names, require_blocks
+from moeify.api.load import read_graph
+from moeify.api.progress import Progress, Silent
+from moeify.backends.pt2.archive import METADATA, Pt2
+from moeify.distributed import loads as load_files
+from moeify.distributed.labels import GIVEN, MEASURED
+from moeify.distributed.loads import Loads
+from moeify.distributed.mixtures import Mixture, mixtures, parameters_outside
+from moeify.distributed.network import Machine
+from moeify.distributed.placement import Placement, in_order, place, with_copies
+from moeify.distributed.plan import Model, Plan, make_plan
+from moeify.distributed.setting import Setting
+from moeify.errors import UsageError
+from moeify.frontend.hf_skeleton import read_skeleton
+from moeify.ir.program import Program
+from moeify.ir.recipe import Recipe
+from moeify.ir.report import Report
+from moeify.pipeline.default import FIND, REWRITE
+from moeify.pipeline.runner import run
+
+
+def plan_file(
+    model: str | Path,
+    setting: Setting,
+    machine: Machine | None = None,
+    *,
+    recipe: Recipe | None = None,
+    inputs: Sequence[str] = (),
+    factory: str | None = None,
+    allow: Sequence[str] = (),
+    loads: str | Path | None = None,
+    data: str | Path | None = None,
+    training: bool = True,
+    progress: Progress | None = None,
+) -> Plan:
+    """The plan of a converted ``.pt2``, or of a dense model as ``recipe`` would convert it.
+
+    No expert weight is computed; of a Hugging Face folder config.json alone is read. Loads come from the file
+    ``loads``, or are measured by running a converted model on ``data``. Raises what reading raises, UsageError, and
+    what ``make_plan`` raises.
+    """
+    progress = progress or Silent()
+    if loads and data:
+        raise UsageError("loads are given and are to be measured too", hint="give --loads or --data, not both")
+    program, described, notes = _described(model, recipe, inputs, factory, allow, progress)
+    if loads:
+        setting = dataclasses.replace(setting, loads=load_files.read(loads), loads_source=GIVEN)
+    if data:
+        setting = dataclasses.replace(setting, loads=_measured(program, model, data, progress), loads_source=MEASURED)
+    progress.stage("planning")
+    made = make_plan(described, setting, machine, training=training)
+    made.notes = notes + made.notes
+    return made
+
+
+def place_file(
+    model: str | Path,
+    output: str | Path,
+    ranks: int,
+    *,
+    loads: str | Path | None = None,
+    data: str | Path | None = None,
+    extra: int = 0,
+    progress: Progress | None = None,
+) -> list[dict[str, Any]]:
+    """Write a converted ``.pt2`` again with its experts placed for ``ranks`` ranks, ``extra`` copies on each.
+
+    Returns path, imbalance before and imbalance after of each block, all of the loads given or measured. Raises
+    UsageError without loads or for a model that is not converted.
+    """
+    progress = progress or Silent()
+    if bool(loads) == bool(data):
+        raise UsageError("placing experts needs loads", hint="give --loads FILE, or --data FILE to measure them")
+    _require_converted(model)
+    program, facts = read_graph(Path(model))
+    report = Report.from_dict(facts["report"])
+    counted = load_files.read(loads) if loads else _measured(program, model, str(data), progress)
+    paths = {block.anchor: block.path for block in report.blocks}
+    lines, placement = [], {}
+    for mixture in mixtures(program, paths):
+        rows = counted.get(mixture.anchor)
+        if rows is None or len(rows) != mixture.experts:
+            raise UsageError(f"the loads say nothing of the {mixture.experts} experts of {mixture.anchor}")
+        found = with_copies(rows, ranks, extra) if extra else place(rows, ranks)
+        placement[mixture.anchor] = found.order
+        lines.append(_line(mixture, found, rows, ranks))
+    program.provenance["placement"] = placement
+    progress.stage(f"writing {output}")
+    run(program, ["place-experts"])
+    report.passes += [{"text": h.text, "seconds": h.seconds, "lines": list(h.lines)} for h in program.history]
+    Pt2().write(program, report, Path(output))
+    return lines
+
+
+def _line(mixture: Mixture, found: Placement, rows: Sequence[float], ranks: int) -> dict[str, Any]:
+    before = in_order(mixture.experts, ranks).imbalance(rows)
+    return {"path": mixture.path, "before": before, "after": found.imbalance(rows)}
+
+
+def _described(
+    model: str | Path,
+    recipe: Recipe | None,
+    inputs: Sequence[str],
+    factory: str | None,
+    allow: Sequence[str],
+    progress: Progress,
+) -> tuple[Program, Model, list[str]]:
+    if frontend.holds_metadata(model, METADATA):
+        progress.stage(f"reading {model}")
+        program, facts = read_graph(Path(model))
+        report = Report.from_dict(facts["report"])
+        notes: list[str] = []
+        dense = report.parameters_before
+    else:
+        recipe = recipe or Recipe()
+        check_names(recipe)
+        program, notes = _captured(model, inputs, factory, allow, progress)
+        program.recipe = recipe
+        run(program, FIND)
+        require_blocks(program)
+        report = reporting.describe(program, str(model))
+        dense = report.parameters_before
+        run(program, REWRITE)
+    found = mixtures(program, {block.anchor: block.path for block in report.blocks})
+    outside, size = parameters_outside(program, found)
+    return program, Model(str(model), tuple(found), outside, size, dense), notes
+
+
+def _captured(
+    model: str | Path, inputs: Sequence[str], factory: str | None, allow: Sequence[str], progress: Progress
+) -> tuple[Program, list[str]]:
+    if not (Path(model) / "config.json").is_file() or (Path(model) / METADATA).is_file():
+        return captured(model, inputs, factory, allow, progress)
+    progress.stage(f"building {model} without weights")
+    return frontend.capture(read_skeleton(model), inputs or None), []
+
+
+def _measured(program: Program, model: str | Path, data: str | Path, progress: Progress) -> Loads:
+    _require_converted(model)
+    progress.stage(f"counting rows on {data}")
+    return load_files.measure(program, [data_files.read(data, program.inputs)])
+
+
+def _require_converted(model: str | Path) -> None:
+    if not frontend.holds_metadata(model, METADATA):
+        raise UsageError(f"{model} is not converted, and loads are those of a converted model", hint="convert it first")

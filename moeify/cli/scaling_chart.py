@@ -1,0 +1,53 @@
+"""The plot of ``moeify plan``: modelled time by number of ranks, as they are and as shares of a step."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moeify.errors import OutputNotWritten
+
+if TYPE_CHECKING:
+    from moeify.distributed.plan import Plan
+
+_LINES = {
+    "compute": ("compute", "-"),
+    "exchange_flat": ("exchange, flat", "--"),
+    "exchange_hierarchical": ("exchange, hierarchical", "--"),
+    "exchange_deduplicated": ("exchange, deduplicated", "--"),
+}
+
+
+def draw(plan: Plan, path: Path) -> None:
+    """Write the plot whole or not at all; ``chart.check`` has looked at the path. Raises OutputNotWritten."""
+    from matplotlib.figure import Figure  # without pyplot: no display and no state
+
+    ranks = [point.ranks for point in plan.scaling]
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    times, share = figure.subplots(1, 2)
+    for name, (text, style) in _LINES.items():
+        values = [1e3 * getattr(point, name).value for point in plan.scaling]
+        times.plot(ranks, values, style, marker="o", label=text)
+    times.set_yscale("log")
+    times.set_ylabel("ms of a step, all mixtures, fullest rank")
+    times.legend()
+    share.plot(ranks, [100 * point.efficiency.value for point in plan.scaling], "-", marker="o", color="black")
+    share.set_ylim(0, 100)
+    share.set_ylabel("compute / (compute + best exchange), %")
+    for axes in (times, share):
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(ranks, [str(n) for n in ranks])
+        axes.set_xlabel("ranks")
+    source = plan.scaling[0].efficiency.source
+    figure.suptitle(f"{Path(plan.model).name}: simulated routing, modelled times, {source} figures")
+    part = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
+    try:
+        figure.savefig(part, dpi=150)
+        part.replace(path)
+    except OSError as error:
+        raise OutputNotWritten(f"cannot write {path}: {(error.strerror or str(error)).lower()}") from error
+    finally:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)

@@ -1,0 +1,1 @@
+"""Expert parallelism: running a sharded program on many ranks, and planning for it."""

@@ -1,0 +1,89 @@
+"""A program on ranks: sharded where it is not yet, compared with the other ranks, and bound to its group."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from moeify.distributed.groups import Groups
+from moeify.distributed.handshake import facts, shake
+from moeify.distributed.processes import SECONDS, groups_of
+from moeify.errors import MoeifyError, NonFiniteValues
+from moeify.ir import roles
+from moeify.ir.modes import TrainableGraph
+from moeify.ir.program import Program
+from moeify.ir.sharding import Sharding, sharding
+from moeify.pipeline.runner import run
+
+_ATTRIBUTE = "moeify_binding"
+
+
+@dataclass(frozen=True)
+class Binding:
+    """What a bound module knows about its ranks."""
+
+    groups: Groups
+    sharding: Sharding
+
+
+def bind(
+    program: Program, mesh: DeviceMesh | Groups, *, options: str = "", timeout: float = SECONDS, check_inputs: bool = True
+) -> TrainableGraph:
+    """The program as a module of this rank, in eval mode, with this rank's experts alone.
+
+    Called on every rank of the mesh, whose dimensions are named ``ep`` and perhaps ``dp``. A program that is not sharded
+    yet is sharded over ``ep``; ``options`` are further options of shard-experts, such as ``mode=capacity``. ``program`` is
+    used up. An exchange that takes longer than ``timeout`` seconds is an error that names the rank that did not come.
+    With ``check_inputs`` a floating-point input that holds NaN or infinity stops its rank, and the others hear why.
+
+    Raises RanksDiffer, GroupMismatch or RankLost, the same on every rank, and whatever shard-experts refuses with.
+    """
+    groups = mesh if isinstance(mesh, Groups) else groups_of(mesh, timeout)
+    ep = groups.experts
+    try:
+        if sharding(program) is None:
+            more = f",{options}" if options else ""
+            run(program, [f"shard-experts{{ranks={ep.size},rank={ep.rank}{more}}}"])
+    except MoeifyError as error:
+        groups.board.stop(groups.rank, error.what)
+        raise
+    record = sharding(program)
+    assert record is not None
+    shake(facts(program, record, groups), groups)
+    if program.pending:
+        program.materialise()
+    if not groups.in_threads:
+        for role, transport in groups.by_role.items():
+            roles.bind(role, transport)
+    dropout = tuple(program.provenance.get("attention_dropout", ()))
+    module = TrainableGraph(program.graph_module, program.graph, attention_dropout=dropout)
+    object.__setattr__(module, _ATTRIBUTE, Binding(groups, record))
+    if check_inputs:
+        module.register_forward_pre_hook(_refuse_non_finite)
+    return module
+
+
+def unbind() -> None:
+    """Forget which groups the roles of this process mean. Modules bound before can no longer run."""
+    roles.unbind()
+
+
+def binding_of(module: nn.Module) -> Binding:
+    """What ``bind`` left on the module."""
+    found = getattr(module, _ATTRIBUTE, None)
+    if not isinstance(found, Binding):
+        raise TypeError(f"{type(module).__name__} was not made by moeify.distributed.bind")
+    return found
+
+
+def _refuse_non_finite(module: nn.Module, args: tuple[Any, ...]) -> None:
+    for position, value in enumerate(args):
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and not torch.isfinite(value).all():
+            groups = binding_of(module).groups
+            what = f"input {position} of rank {groups.rank} holds NaN or infinity"
+            groups.board.stop(groups.rank, what)
+            raise NonFiniteValues(what, hint="look at the data of that rank, or bind with check_inputs=False")

@@ -1,0 +1,127 @@
+"""What the processes of tests/ranks.py do. The fork server imports this once, with the programs, and its children have
+them."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from moeify.distributed.binding import bind, binding_of
+from moeify.distributed.fsdp import fully_shard
+from moeify.distributed.gradients import clip_gradients, gradient_norm, sync_gradients
+from moeify.ir.program import Program
+from moeify.pipeline.runner import run
+from tests import programs, sharded
+from tests.test_route import routed
+
+STEPS = 5
+RATE = 1e-2
+
+
+def fresh(**recipe: Any) -> Program:
+    """A routed program whose weights differ, the same in every process."""
+    torch.manual_seed(0)
+    made = programs.gated(2, **recipe)
+    routed(made)
+    return sharded.distinct(made)
+
+
+PROGRAM = fresh(experts=4)
+
+
+def tokens(rank: int, step: int = 0) -> Tensor:
+    return torch.randint(40, (2, 3 + rank % 3), generator=torch.Generator().manual_seed(100 * step + rank))
+
+
+def part(mesh: DeviceMesh, program: Program = PROGRAM, ranks: int = 0, rank: int = -1) -> Program:
+    """This rank's part of the program, or that of another rank of a larger group."""
+    ep = mesh["ep"]
+    ranks = ranks or ep.size()
+    return sharded.parts(program, ranks)[rank if rank >= 0 else ep.get_local_rank()]
+
+
+def numbers(mesh: DeviceMesh) -> sharded.Result:
+    return sharded.on_rank(part(mesh), mesh, tokens(torch.distributed.get_rank()))
+
+
+def numbers_from_the_whole(mesh: DeviceMesh) -> tuple[sharded.Result, list[str]]:
+    """The whole program is given to bind, which runs the pass with its check."""
+    program = PROGRAM.clone()
+    program.graph_module = sharded.own_parameters(program)
+    result = sharded.on_rank(program, mesh, tokens(torch.distributed.get_rank()))
+    return result, [entry.text for entry in program.history]
+
+
+def lowered_numbers(mesh: DeviceMesh) -> sharded.Result:
+    """Through the functional collectives."""
+    program = part(mesh)
+    run(program, [f"lower-exchange{{group={mesh.get_group('ep').group_name}}}"])
+    assert not any("moeify.all_to_all" in str(node.target) for node in program.graph.nodes)
+    return sharded.on_rank(program, mesh, tokens(torch.distributed.get_rank()))
+
+
+def training(mesh: DeviceMesh) -> tuple[dict[str, Tensor], list[float]]:
+    """Some steps of AdamW with clipped gradients: the weights after them and the norms before clipping."""
+    module = bind(part(mesh), mesh).train()
+    optimizer = torch.optim.AdamW(module.parameters(), RATE)
+    norms = []
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        sharded.loss_of(module(tokens(torch.distributed.get_rank(), step))).backward()
+        sync_gradients(module)
+        norms.append(clip_gradients(module, 1.0))
+        optimizer.step()
+    return {name: p.detach() for name, p in module.named_parameters()}, norms
+
+
+def fsdp(mesh: DeviceMesh) -> tuple[sharded.Result, float]:
+    """One backward pass with every parameter cut by FSDP2: the gradients put together again, and their norm."""
+    module = fully_shard(bind(part(mesh), mesh), mesh)
+    output = module(tokens(torch.distributed.get_rank()))
+    (sharded.loss_of(output) / mesh.size()).backward()
+    norm = gradient_norm(module)
+    gradients = {name: p.grad.full_tensor() for name, p in module.named_parameters() if p.grad is not None}
+    return sharded.Result(output.detach(), gradients), norm
+
+
+def fault(mesh: DeviceMesh, kind: str, seconds: float) -> str:
+    """One rank goes wrong. Returns what the first exchange after that gave, for kinds that go on."""
+    rank, odd = torch.distributed.get_rank(), torch.distributed.get_world_size() - 1
+    program = part(mesh)
+    if rank == odd and kind == "another graph":
+        program = part(mesh, fresh(experts=4, router="switch", top_k=1))
+    if rank == odd and kind == "another dtype":
+        program.graph_module.bfloat16()
+    if kind == "another world size" or (rank == odd and kind == "one with another world size"):
+        program = part(mesh, ranks=4, rank=mesh.get_local_rank("ep"))
+    if rank == odd and kind == "another rank's experts":
+        program = part(mesh, rank=0)
+    torch.distributed.barrier()  # from here on, time counts
+    if rank == odd and kind == "absent":
+        time.sleep(seconds + 3)
+        return "slept"
+    module = bind(program, mesh, timeout=seconds)
+    output = module(tokens(rank))
+    if rank == odd and kind == "killed":
+        os.kill(os.getpid(), 9)
+    if rank == odd and kind == "hanging":
+        time.sleep(seconds + 3)
+        return "slept"
+    if rank == odd and kind == "raises":
+        binding_of(module).groups.board.stop(rank, "the data ended")
+        raise ValueError("the data ended")
+    ids = tokens(rank) if kind != "no tokens" or rank != odd else torch.zeros(2, 0, dtype=torch.int64)
+    output = module(ids)
+    if rank == odd and kind == "killed in backward":
+        os.kill(os.getpid(), 9)
+    loss = sharded.loss_of(output)
+    if rank == odd and kind == "NaN":
+        loss = loss * float("nan")
+    loss.backward()
+    sync_gradients(module)
+    return "went on"
