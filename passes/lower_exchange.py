@@ -27,10 +27,10 @@ class LowerExchange(Pass):
     After:   o0 = item(out_W[0]); ...; i0 = item(in_W[0]); ...
              y = wait_tensor(_c10d_functional.all_to_all_single(x, [o0, ...], [i0, ...], group))
 
-    The graph grows with the number of ranks and holds the group's name (``mesh.get_group("ep").group_name``), so that this
-    is the last pass, run where the graph will run. The size of the group is no longer checked at each call, and errors
-    are torch's own. Whoever runs the graph imports ``torch.distributed._functional_collectives`` first: without it the
-    collective has no gradient, and says nothing.
+    The graph grows with the number of ranks and holds the group's name (``mesh.get_group("ep").group_name``), so that
+    this is the last pass, run where the graph will run. The size of the group is no longer checked at each call, and
+    errors are torch's own. Whoever runs the graph imports ``torch.distributed._functional_collectives`` first: without
+    it the collective has no gradient, and says nothing.
     """
 
     name: ClassVar[str] = "lower-exchange"
@@ -74,7 +74,8 @@ class LowerExchange(Pass):
             started = program.graph.call_function(ops.all_to_all_single.default, args)
             done = program.graph.call_function(ops.wait_tensor.default, (started,))
         for new in (started, done):
-            # Not computed: the sizes of a collective add up its splits, and those of the exchange are known by one name.
+            # Not computed: the sizes of a collective add up its splits, and those of the exchange are known by one
+            # name.
             new.meta = {**node.meta, "val": node.meta["val"]}
         node.replace_all_uses_with(done)
         program.graph.erase_node(node)

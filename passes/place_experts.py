@@ -163,8 +163,10 @@ def _look_up(program: Program, call: fx.Node, order: Sequence[int], experts: int
         rows = constant("places", [p[i % len(p)] for p in places for i in range(most)])
         flat = emit.call("router", _aten.reshape.default, chosen, [-1])
         count = emit.call("router", _aten.index_select.default, constant("copies", [len(p) for p in places]), 0, flat)
-        ones = emit.call("router", _aten.ones_like.default, flat)
-        number = emit.call("router", _aten.cumsum.default, ones, 0)
+        # Numbers of tokens, not of rows: an expert that is always a token's first would see every K-th row alone.
+        ones = emit.call("router", _aten.ones_like.default, chosen)
+        tokens = emit.call("router", _aten.cumsum.default, ones, 0)
+        number = emit.call("router", _aten.reshape.default, tokens, [-1])
         copy = emit.call("router", _aten.remainder.Tensor, number, count)
         row = emit.call("router", _aten.mul.Tensor, flat, most)
         found = emit.call(

@@ -16,7 +16,7 @@ from moeify.ir.expert_calls import ExpertCall, expert_calls, tag_untagged
 from moeify.ir.metadata import tag
 from moeify.ir.program import Program
 from moeify.ir.reexport import check_by_export
-from moeify.ir.sharding import KEY, ShardedBlock, Sharding, cut, fitting_ranks, share, sharding
+from moeify.ir.sharding import KEY, ShardedBlock, Sharding, cut, fitting_ranks, sharding, share
 from moeify.passes.lower_experts import LowerExperts
 from moeify.pipeline.base import Log, Pass
 
@@ -37,15 +37,16 @@ class ShardExperts(Pass):
              y_TD = moe.unpermute(back, order, weights_TK)
 
     ``dropless`` moves every row and computes what one process computes. ``capacity`` sends buffers of one size,
-    ``factor * tokens * K / E`` rows from each rank to each expert, rounded up (Lepikhin et al. 2020, "GShard"); a row that
-    finds its buffer full is dropped: its expert adds nothing to its token. ``tokens`` is per rank and call, 0 for those of
-    the example input; the buffers are part of the graph, so that ranks with other numbers of tokens still fit together.
+    ``factor * tokens * K / E`` rows from each rank to each expert, rounded up (Lepikhin et al. 2020, "GShard"); a row
+    that finds its buffer full is dropped: its expert adds nothing to its token. ``tokens`` is per rank and call, 0 for
+    those of the example input; the buffers are part of the graph, so that ranks with other numbers of tokens still fit
+    together.
 
     ``rank`` says whose weights stay here: stacked weights become recipes of that rank's experts. The graph does not
     depend on it. Weights that several calls share are cut once. The result is exported again as a check of its shapes.
 
-    Raises NotDivisible in capacity mode for a block whose experts the ranks do not divide, Refused for a program without
-    experts, one that is sharded already, or one whose graph cannot take rows of another number.
+    Raises NotDivisible in capacity mode for a block whose experts the ranks do not divide, Refused for a program
+    without experts, one that is sharded already, or one whose graph cannot take rows of another number.
     """
 
     name: ClassVar[str] = "shard-experts"
@@ -141,9 +142,7 @@ def _blocks(calls: list[ExpertCall]) -> dict[str, ShardedBlock]:
     for call in calls:
         names = tuple(str(weight.target) for weight in call.weights)
         dtype = str(call.rows.meta["val"].dtype).removeprefix("torch.")
-        found.setdefault(
-            call.block, ShardedBlock(call.block, call.num_experts, call.width, call.top_k, dtype, names)
-        )
+        found.setdefault(call.block, ShardedBlock(call.block, call.num_experts, call.width, call.top_k, dtype, names))
     return found
 
 

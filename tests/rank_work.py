@@ -5,16 +5,19 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from moeify.api.load import read_graph
 from moeify.distributed.binding import bind, binding_of
 from moeify.distributed.fsdp import fully_shard
 from moeify.distributed.gradients import clip_gradients, gradient_norm, sync_gradients
-from moeify.ir.program import Program
+from moeify.ir.program import Program, flat
 from moeify.pipeline.runner import run
 from tests import programs, sharded
 from tests.test_route import routed
@@ -66,9 +69,13 @@ def lowered_numbers(mesh: DeviceMesh) -> sharded.Result:
 
 
 def training(mesh: DeviceMesh) -> tuple[dict[str, Tensor], list[float]]:
-    """Some steps of AdamW with clipped gradients: the weights after them and the norms before clipping."""
+    """Some steps with clipped gradients: the weights after them and the norms before clipping.
+
+    By momentum: these random losses leave gradients that are rounding alone, which AdamW scales up to whole steps. A
+    language model under AdamW is below.
+    """
     module = bind(part(mesh), mesh).train()
-    optimizer = torch.optim.AdamW(module.parameters(), RATE)
+    optimizer = torch.optim.SGD(module.parameters(), RATE, momentum=0.9)
     norms = []
     for step in range(STEPS):
         optimizer.zero_grad()
@@ -77,6 +84,46 @@ def training(mesh: DeviceMesh) -> tuple[dict[str, Tensor], list[float]]:
         norms.append(clip_gradients(module, 1.0))
         optimizer.step()
     return {name: p.detach() for name, p in module.named_parameters()}, norms
+
+
+def language_model_alone(file: Path, size: int) -> tuple[dict[str, Tensor], list[float]]:
+    """The steps of all ranks in one process: the weights and the mean loss of each step."""
+    program = _read(file)
+    module = sharded.TrainableGraph(program.graph_module, program.graph)
+    return _steps(module, lambda step: torch.stack([_loss(module, rank, step) for rank in range(size)]).mean())
+
+
+def language_model(mesh: DeviceMesh, file: Path) -> tuple[dict[str, Tensor], list[float]]:
+    """The same on this rank's sequences, from the file."""
+    module = bind(_read(file), mesh)
+    rank = torch.distributed.get_rank()
+    return _steps(module, lambda step: _loss(module, rank, step), lambda: sync_gradients(module))
+
+
+def _read(file: Path) -> Program:
+    program, _ = read_graph(file)
+    return sharded.distinct(program, scale=0.01)
+
+
+def _loss(module: torch.nn.Module, rank: int, step: int) -> Tensor:
+    ids = torch.randint(64, (2, 9), generator=torch.Generator().manual_seed(10 * step + rank))
+    output = module(ids[:, :-1], torch.ones_like(ids[:, :-1]))
+    logits = flat(output)[0]
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+
+
+def _steps(module: torch.nn.Module, loss_at: Callable[[int], Tensor], after: Callable[[], None] = lambda: None) -> Any:
+    module.train()
+    optimizer = torch.optim.AdamW(module.parameters(), 1e-3)
+    losses = []
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        loss = loss_at(step % 2)
+        loss.backward()
+        after()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    return {name: p.detach() for name, p in module.named_parameters()}, losses
 
 
 def fsdp(mesh: DeviceMesh) -> tuple[sharded.Result, float]:

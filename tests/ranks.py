@@ -31,7 +31,9 @@ class Outcome:
     kind: str = ""
 
 
-def run(work: Callable[..., Any], size: int, folder: Path, *args: Any, ep: int = 0, seconds: float = 180) -> list[Outcome]:
+def run(
+    work: Callable[..., Any], size: int, folder: Path, *args: Any, ep: int = 0, seconds: float = 180
+) -> list[Outcome]:
     """``work(mesh, *args)`` in ``size`` processes on a mesh of ``ep`` columns (all of them by default).
 
     A process that has not ended after ``seconds`` is killed, and its exit code is None.

@@ -27,14 +27,14 @@ class Result:
     gradients: dict[str, Tensor]
 
 
-def distinct(program: Program) -> Program:
+def distinct(program: Program, scale: float = 0.3) -> Program:
     """Every weight with noise of its own: between equal experts a router would have no gradient to compare."""
     program.materialise()
     program.graph_module = own_parameters(program)  # the tests' captures are shared
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for parameter in program.graph_module.parameters():
-            parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
+            parameter += scale * torch.randn(parameter.shape, generator=generator)
     return program
 
 

@@ -58,6 +58,17 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "peak_bandwidth", lambda: PEAKS.bandwidth)
 
 
+@pytest.fixture
+def without_tvm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if it were not installed; compiling takes seconds."""
+    from moeify.backends.tvm import packages
+
+    def none(name: str) -> str:
+        raise packages.importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(packages.importlib.metadata, "version", none)
+
+
 # --- the dense twin -----------------------------------------------------------------------------------------------
 
 
@@ -202,13 +213,14 @@ def test_json(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize("suffix", ["png", "svg"])
-def test_table_and_plot(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], suffix: str) -> None:
+def test_table_and_plot(
+    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], without_tvm: None, suffix: str
+) -> None:
     plot = tmp_path / f"p.{suffix}"
     assert main(["bench", str(file), "--tokens", "4", "--threads", "1", "--rounds", "1", "--plot", str(plot)]) == 0
     out = capsys.readouterr().out
     assert out.startswith("moe.pt2\n  tokens  runtime")
     assert "  4       onnxruntime  split" in out
-    assert "  4       tvm          fused" in out
     assert out.endswith(f"wrote        {plot}\n")
     assert plot.read_bytes().startswith({"png": b"\x89PNG", "svg": b"<?xml"}[suffix])
     assert list(tmp_path.iterdir()) == [plot]
@@ -234,14 +246,8 @@ def test_without_onnx_runtime(file: Path, capsys: pytest.CaptureFixture[str], mo
 
 
 def test_without_tvm_the_rest_is_timed_and_a_note_says_so(
-    file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    file: Path, capsys: pytest.CaptureFixture[str], without_tvm: None
 ) -> None:
-    from moeify.backends.tvm import packages
-
-    def none(name: str) -> str:
-        raise packages.importlib.metadata.PackageNotFoundError(name)
-
-    monkeypatch.setattr(packages.importlib.metadata, "version", none)
     assert main(["bench", str(file), "--tokens", "4", "--threads", "1", "--rounds", "1", "--json"]) == 0
     data = json.loads(capsys.readouterr().out)
     assert {row["runtime"] for row in data["rows"]} == {"torch", "onnxruntime"}

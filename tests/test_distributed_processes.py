@@ -33,7 +33,7 @@ def trained_alone(size: int) -> tuple[dict[str, torch.Tensor], list[float]]:
     """The same steps in one process."""
     program = rank_work.PROGRAM.clone()
     module = sharded.TrainableGraph(sharded.own_parameters(program), program.graph).train()
-    optimizer = torch.optim.AdamW(module.parameters(), rank_work.RATE)
+    optimizer = torch.optim.SGD(module.parameters(), rank_work.RATE, momentum=0.9)
     norms = []
     for step in range(rank_work.STEPS):
         optimizer.zero_grad()

@@ -38,16 +38,12 @@ def check(made: Program, inputs: list[Tensor], ep: int, dp: int, bound: float, *
     sharded.compare(results, expected, sharded.experts_of(made), ep, bound)
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 8])
-@pytest.mark.parametrize("maker", ["plain", "gated", "shared-weights"])
+@pytest.mark.parametrize("ranks", [2, 6, 8])
+@pytest.mark.parametrize("maker", ["plain", "shared-weights"])
 def test_outputs_and_gradients(maker: str, ranks: int) -> None:
+    """8 experts; of 6 ranks two have none."""
     made = program_of(maker, shared=1)
     check(made, inputs_of(maker, ranks), ranks, 1, BOUND)
-
-
-def test_outputs_and_gradients_on_64_ranks() -> None:
-    """8 experts: most ranks have none."""
-    check(program_of("gated"), inputs_of("gated", 64), 64, 1, BOUND)
 
 
 def test_64_experts_on_64_ranks() -> None:

@@ -40,7 +40,10 @@ def cases(count: int) -> dict[str, tuple]:
     return {
         "all_to_all_rows": (rows(count).requires_grad_(), whole, whole, count, "ep", 1, "layers.0"),
         "all_to_all_even": (rows(3).unsqueeze(0).requires_grad_(), "ep", 1, "layers.0"),
-        "transpose_groups": (rows(count).requires_grad_(), torch.stack([per_expert // 2, per_expert - per_expert // 2])),
+        "transpose_groups": (
+            rows(count).requires_grad_(),
+            torch.stack([per_expert // 2, per_expert - per_expert // 2]),
+        ),
         "local_counts": (COUNTS, torch.zeros(2, 3, 3, requires_grad=True)),
         "pad_groups": (rows(count).requires_grad_(), per_expert, 3),
         "unpad_groups": (torch.stack([rows(3, i) for i in range(3)]).requires_grad_(), per_expert, count),

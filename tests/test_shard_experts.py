@@ -1,4 +1,5 @@
-"""shard-experts: the graph, the same on every rank; the weights that stay; what it refuses. Numbers: test_distributed_*."""
+"""shard-experts: the graph, equal on every rank; the weights that stay; what it refuses. Numbers:
+test_distributed_*."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from moeify.errors import BadOption, NotDivisible, Refused
 from moeify.ir.printer import program_text
 from moeify.ir.program import Program
 from moeify.ir.reexport import check_by_export
-from moeify.ir.sharding import share, sharding
+from moeify.ir.sharding import sharding, share
 from moeify.passes.shard_experts import ShardExperts
 from moeify.pipeline import PASSES
 from moeify.pipeline.base import Log

@@ -44,7 +44,7 @@ def test_experts_of_sorted_rows(families: Families) -> None:
         lambda emitter, rows, counts: families("experts", emitter, rows, counts, BLOCK.spec),
         [(("R", BLOCK.d_model), torch.float32), ((BLOCK.experts,), torch.int64)],
         BLOCK.weights(),
-        small_tile(),
+        small_tile(2, 8),
     )
     weights = BLOCK.weights()
     for counts in ([0, 0, 0, 0, 0], [0, 1, 0, 0, 0], [3, 0, 9, 1, 0]):
@@ -63,7 +63,7 @@ def test_grouped_linear(families: Families, biased: bool) -> None:
         lambda emitter, rows, counts: families("grouped_linear", emitter, rows, counts, "weight", bias),
         [(("R", 7), torch.float32), ((4,), torch.int64)],
         source,
-        small_tile(),
+        small_tile(2, 8),
     )
     for counts in ([0, 0, 0, 0], [0, 1, 0, 0], [5, 0, 2, 4]):
         rows = torch.randn(sum(counts), 7)
@@ -81,11 +81,11 @@ def test_rows_in_half_are_computed_in_float32(dtype: torch.dtype) -> None:
         lambda emitter, x, e, w: table()("dispatch_ffn", emitter, x, e, w, BLOCK.spec),
         [(("T", BLOCK.d_model), dtype), (("T", 2), torch.int64), (("T", 2), dtype)],
         BLOCK.weights(),
-        small_tile(),
+        small_tile(2, 8),
     )
     x, (experts, weights) = torch.randn(6, BLOCK.d_model).to(dtype), routing(6, 5, 2)
     (y,) = half(x, experts, weights.to(dtype))
-    (want,) = BLOCK.compiled(2, target=small_tile())(x.float(), experts, weights.to(dtype).float())
+    (want,) = BLOCK.compiled(2, target=small_tile(2, 8))(x.float(), experts, weights.to(dtype).float())
     assert torch.equal(y, want.to(dtype))
 
 

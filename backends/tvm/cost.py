@@ -16,8 +16,8 @@ _BYTES = {"float32": 4.0, "float16": 2.0, "bfloat16": 2.0}
 
 @dataclass(frozen=True)
 class Constants(Rates):
-    """Measured with TVM 0.27 in float32 on an x86-64 server with AVX2 and 32 MB of last-level cache, 2 threads, by
-    ``python -m bench.bench_tvm --fit``, which prints these lines for another machine.
+    """Not fitted: the rates are those of the machine of ONNX Runtime's constants, and the kernels are taken to run at
+    them with small overheads. ``python -m bench.fit_tvm`` measures a machine and prints these lines for it.
     """
 
     flops_per_thread: float = 6.17e10

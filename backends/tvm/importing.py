@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -47,6 +48,7 @@ def import_graph(module: fx.GraphModule, inputs: Sequence[InputSpec], machine: M
     becomes that; the rest becomes operators of Relax. An embedding and a linear layer that share a weight keep it
     both as it is and packed. Raises Refused that lists every operator without a conversion.
     """
+    module = copy.deepcopy(module, {id(t): t for t in (*module.parameters(), *module.buffers())})
     functionalize(module)
     decompose(module, CONVERSIONS)
     constants = Constants(module)
@@ -65,9 +67,12 @@ def import_graph(module: fx.GraphModule, inputs: Sequence[InputSpec], machine: M
     # The weights are known when the walk is over: the function is begun with the inputs and gets them then.
     with builder.function("main", variables):
         with builder.dataflow():
-            outputs = _walk(module.graph, translation)
+            missing = _walk(module.graph, translation)
+            outputs = [] if missing else _outputs(module.graph, translation)
             result = builder.emit_output(relax.Tuple(outputs))
         builder.emit_func_output(result)
+    if missing:
+        raise _refusal(missing)
     mod = builder.get()
     main = mod["main"]
     parameters = [*variables, *(weight.var for weight in weights)]
@@ -77,17 +82,18 @@ def import_graph(module: fx.GraphModule, inputs: Sequence[InputSpec], machine: M
     return Imported(mod, weights)
 
 
-def _walk(graph: fx.Graph, translation: Translation) -> list[Any]:
+def _walk(graph: fx.Graph, translation: Translation) -> dict[str, list[str]]:
+    """Gives the operators that have no conversion, with the paths of the modules that call them."""
     missing: dict[str, list[str]] = {}
-    outputs: list[Any] = []
     for node in graph.nodes:
-        if node.op == "output":
-            outputs = pytree.tree_leaves(node.args[0])
-        elif node.op == "call_function" and not _is_free(node, translation) and not _convert(node, translation):
+        if node.op == "call_function" and not _is_free(node, translation) and not _convert(node, translation):
             missing.setdefault(str(node.target), []).append(module_path(node) or "(root)")
-    if missing:
-        raise _refusal(missing)
-    return [translation.tensor(output) for output in outputs if isinstance(output, fx.Node)]
+    return missing
+
+
+def _outputs(graph: fx.Graph, translation: Translation) -> list[Any]:
+    leaves = pytree.tree_leaves(graph.output_node().args[0])
+    return [translation.tensor(leaf) for leaf in leaves if isinstance(leaf, fx.Node)]
 
 
 def _convert(node: fx.Node, translation: Translation) -> bool:

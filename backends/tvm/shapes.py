@@ -8,7 +8,6 @@ from typing import Any
 
 import sympy
 import torch
-
 from torch.utils._sympy import functions
 from tvm import sym, tirx
 

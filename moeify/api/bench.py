@@ -130,7 +130,9 @@ def _bench(
         runner = candidates.Runner(models, sessions)
         progress.stage(f"{file}: compiling with TVM")
         compiled = _compile(libraries, program, twin, file, made)
-        served = [(ORT, name, runner) for name in sorted(models, key=lambda name: name != DENSE)]
+        served: list[tuple[str, str, Any]] = [
+            (ORT, name, runner) for name in sorted(models, key=lambda name: name != DENSE)
+        ]
         served += [(TVM, name, libraries) for name in compiled]
         done: set[int] = set()
         for wanted in tokens:

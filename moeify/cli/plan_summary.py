@@ -163,6 +163,9 @@ def _effective(screen: Screen, found: Sequence[Mapping[str, Any]]) -> None:
     title = f"effective parameters with {found[0]['experts']} experts (arXiv 2202.01169)"
     _section(screen, title, ("routing", "dense", "effective", "source"), rows)
     screen.paragraph("", f"The law is {found[0]['caveat']}.", column=2)
+    beyond = [str(one["routing"]) for one in found if one["dense"].value > one["cutoff"]]
+    if beyond:
+        screen.paragraph("", f"The model is past the size from which {', '.join(beyond)} gives nothing.", column=2)
 
 
 def _section(screen: Screen, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -31,14 +31,20 @@ class Binding:
 
 
 def bind(
-    program: Program, mesh: DeviceMesh | Groups, *, options: str = "", timeout: float = SECONDS, check_inputs: bool = True
+    program: Program,
+    mesh: DeviceMesh | Groups,
+    *,
+    options: str = "",
+    timeout: float = SECONDS,
+    check_inputs: bool = True,
 ) -> TrainableGraph:
     """The program as a module of this rank, in eval mode, with this rank's experts alone.
 
-    Called on every rank of the mesh, whose dimensions are named ``ep`` and perhaps ``dp``. A program that is not sharded
-    yet is sharded over ``ep``; ``options`` are further options of shard-experts, such as ``mode=capacity``. ``program`` is
-    used up. An exchange that takes longer than ``timeout`` seconds is an error that names the rank that did not come.
-    With ``check_inputs`` a floating-point input that holds NaN or infinity stops its rank, and the others hear why.
+    Called on every rank of the mesh, whose dimensions are named ``ep`` and perhaps ``dp``. A program that is not
+    sharded yet is sharded over ``ep``; ``options`` are further options of shard-experts, such as ``mode=capacity``.
+    ``program`` is used up. An exchange that takes longer than ``timeout`` seconds is an error that names the rank that
+    did not come. With ``check_inputs`` a floating-point input that holds NaN or infinity stops its rank, and the others
+    hear why.
 
     Raises RanksDiffer, GroupMismatch or RankLost, the same on every rank, and whatever shard-experts refuses with.
     """

@@ -1,8 +1,8 @@
 """A bound module under FSDP2: dense parameters cut over all ranks, a rank's experts over the ranks that hold the same.
 
 The recipe, which ``torch.distributed.fsdp.fully_shard`` does not apply by itself: it divides expert gradients by the
-size of ``dp`` alone, so that they come out ep times too large against the dense ones. Here nothing is divided; divide the
-loss by the number of ranks.
+size of ``dp`` alone, so that they come out ep times too large against the dense ones. Here nothing is divided; divide
+the loss by the number of ranks.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from moeify.ir.roles import DATA, EXPERTS
 def fully_shard(module: nn.Module, mesh: DeviceMesh) -> nn.Module:
     """Cut a bound module's parameters over a mesh (dp, ep), in place.
 
-    After it: ``(loss / mesh.size()).backward()`` with the mean loss of the rank's own tokens, and no ``sync_gradients``.
-    ``gradient_norm`` and ``clip_gradients`` work as before. Raises BadOption for a mesh without ``dp``.
+    After it: ``(loss / mesh.size()).backward()`` with the mean loss of the rank's own tokens, and no
+    ``sync_gradients``. ``gradient_norm`` and ``clip_gradients`` work as before. Raises BadOption for a mesh without
+    ``dp``.
     """
     names = mesh.mesh_dim_names or ()
     if tuple(names) != (DATA, EXPERTS):

@@ -60,8 +60,8 @@ def gradient_norm(module: nn.Module) -> float:
 
 
 def clip_gradients(module: nn.Module, largest: float) -> float:
-    """Scale all gradients so that their norm is at most ``largest``; the norm before. ``clip_grad_norm_`` of torch cannot
-    do it: a rank does not see the other ranks' experts.
+    """Scale all gradients so that their norm is at most ``largest``; the norm before. ``clip_grad_norm_`` of torch
+    cannot do it: a rank does not see the other ranks' experts.
     """
     norm = gradient_norm(module)
     if norm > largest:

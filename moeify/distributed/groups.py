@@ -13,8 +13,9 @@ from moeify.ir.roles import DATA, EXPERTS, Transport
 class Groups:
     """One rank's view of a mesh.
 
-    ``by_role`` holds ``ep`` (over which experts are spread) and, on a mesh of two dimensions, ``dp`` (ranks with the same
-    experts). ``ranks`` are all ranks of the mesh, ``rank`` is this one; ``seconds`` is how long an exchange may take.
+    ``by_role`` holds ``ep`` (over which experts are spread) and, on a mesh of two dimensions, ``dp`` (ranks with the
+    same experts). ``ranks`` are all ranks of the mesh, ``rank`` is this one; ``seconds`` is how long an exchange may
+    take.
     """
 
     by_role: Mapping[str, Transport]

@@ -1,8 +1,8 @@
 """Before the first exchange the ranks compare what they are about to run.
 
 Without it, splits that do not match end the receiving process without a Python error, and a graph made for other ranks
-gives wrong numbers in silence. One rank reads what all have written to the board and writes the verdict, so that N ranks
-cost 2 N notes.
+gives wrong numbers in silence. One rank reads what all have written to the board and writes the verdict, so that N
+ranks cost 2 N notes.
 """
 
 from __future__ import annotations
@@ -73,9 +73,7 @@ def shake(mine: Facts, groups: Groups) -> None:
     if groups.rank == leader:
         notes = board.wait(f"facts-{number}", groups.ranks, groups.seconds)
         missing = [rank for rank in groups.ranks if rank not in notes]
-        verdict = (
-            _missing(groups, missing) if missing else _verdict({r: json.loads(text) for r, text in notes.items()})
-        )
+        verdict = _missing(groups, missing) if missing else _verdict({r: json.loads(text) for r, text in notes.items()})
         board.put(f"verdict-{number}", leader, json.dumps(verdict))
     else:
         answer = board.wait(f"verdict-{number}", [leader], groups.seconds + _MARGIN)

@@ -12,7 +12,9 @@ _TIMED_OUT = ("timed out",)
 _CLOSED = ("connection closed", "connection reset", "connection refused", "pair closure", "broken pipe", "barrier")
 
 
-def explain(error: BaseException, board: Board, rank: int, ranks: Sequence[int], where: str, seconds: float) -> Exception:
+def explain(
+    error: BaseException, board: Board, rank: int, ranks: Sequence[int], where: str, seconds: float
+) -> Exception:
     """What to raise in the place of the runtime's error. ``ranks`` are those of the group, ``rank`` this one.
 
     Every survivor notes that it was in this exchange; the ranks without a note are the ones to blame.

@@ -71,8 +71,8 @@ def place(loads: Rows, ranks: int) -> Placement:
 def with_copies(loads: Rows, ranks: int, extra: int = 1) -> Placement:
     """Every expert at least once, and ``extra`` more places for every rank for copies, which inference alone can use.
 
-    An expert has at most one copy on a rank as far as it goes; a place that no copy can use holds the expert with the
-    most rows per copy all the same, so that the stacked weights of all ranks keep their sizes.
+    An expert has at most one copy on a rank as far as it goes; a place that no copy can use holds some expert
+    again all the same, so that the stacked weights of all ranks keep their sizes.
     """
     _check(loads, ranks)
     if extra < 0:

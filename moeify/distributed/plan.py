@@ -163,6 +163,7 @@ def _effective(model: Model) -> list[dict[str, Any]]:
             "experts": experts,
             "dense": Figure(model.dense_parameters, "", MEASURED),
             "effective": Figure(effective_parameters(law, model.dense_parameters, experts), "", ASSUMED),
+            "cutoff": law.cutoff,
             "caveat": CAVEAT,
         }
         for law in LAWS

@@ -73,4 +73,3 @@ def groups_of(mesh: DeviceMesh, seconds: float = SECONDS) -> Groups:
     board = Board(dist.group.WORLD.get_group_store(), f"moeify-{zlib.crc32(repr(members).encode())}")
     by_role = {name: ProcessTransport(group, seconds, board) for name, group in groups.items()}
     return Groups(by_role, dist.get_rank(), members, board, seconds)
-

@@ -81,10 +81,13 @@ def _excess(tokens: int, chance: float, limit: int) -> float:
     """E[(X - limit)+] of a binomial X, by its terms near the mean: of both tails the one that is shorter."""
     mean = tokens * chance
     reach = _TAIL * math.sqrt(mean * (1 - chance)) + _TAIL**2
+    most = min(tokens, math.ceil(mean + reach))
+    if limit >= most:
+        return 0.0
     if limit >= mean:
-        terms = torch.arange(limit + 1, min(tokens, math.ceil(mean + reach)) + 1, dtype=torch.float64)
+        terms = torch.arange(limit + 1, most + 1, dtype=torch.float64)
         return float(((terms - limit) * _probability(terms, tokens, chance)).sum())
-    terms = torch.arange(max(math.floor(mean - reach), 0), limit, dtype=torch.float64)
+    terms = torch.arange(min(max(math.floor(mean - reach), 0), limit), limit, dtype=torch.float64)
     return mean - limit + float(((limit - terms) * _probability(terms, tokens, chance)).sum())
 
 

@@ -50,9 +50,7 @@ class ThreadTransport:
         return len(self.meeting.ranks)
 
     def all_to_all(self, x: Tensor, out_splits: list[int], in_splits: list[int], where: str) -> Tensor:
-        return self._meet(
-            list(x.split(in_splits)), lambda table: torch.cat([sent[self.rank] for sent in table]), where
-        )
+        return self._meet(list(x.split(in_splits)), lambda table: torch.cat([sent[self.rank] for sent in table]), where)
 
     def all_reduce(self, x: Tensor, where: str) -> Tensor:
         total = self._meet([x], lambda table: torch.stack([sent[0] for sent in table]).sum(0), where)
@@ -68,9 +66,7 @@ class ThreadTransport:
             return result
         except threading.BrokenBarrierError as error:
             me = meeting.ranks[self.rank]
-            raise explain(
-                RuntimeError("barrier broken"), self.board, me, meeting.ranks, where, self.seconds
-            ) from error
+            raise explain(RuntimeError("barrier broken"), self.board, me, meeting.ranks, where, self.seconds) from error
 
 
 def run_ranks(work: Callable[[Groups], T], ep: int, dp: int = 1, seconds: float = 60.0) -> list[T]:

@@ -1,7 +1,7 @@
 """The nodes of an exchange: rows to the ranks that hold their experts, and back.
 
-Letters: T tokens, K chosen, R = T * K rows, E experts, W ranks, L = ceil(E / W) experts of the fullest rank, C rows of a
-buffer, D width.
+Letters: T tokens, K chosen, R = T * K rows, E experts, W ranks, L = ceil(E / W) experts of the fullest rank, C rows of
+a buffer, D width.
 """
 
 from __future__ import annotations
@@ -46,9 +46,7 @@ def dropless(emit: Emitter, call: ExpertCall, ranks: int) -> There:
     both_2W = emit.call(_ROLE, _aten._to_copy.default, both_2W, device=torch.device("cpu"))
     out_W, in_W = (emit.call(_ROLE, _aten.select.int, both_2W, 0, i) for i in range(2))
     arriving = emit.call(_ROLE, _aten.item.default, emit.call(_ROLE, _aten.sum.default, out_W))
-    rows = emit.call(
-        _ROLE, _moe.all_to_all_rows.default, call.rows, out_W, in_W, arriving, EXPERTS, ranks, call.block
-    )
+    rows = emit.call(_ROLE, _moe.all_to_all_rows.default, call.rows, out_W, in_W, arriving, EXPERTS, ranks, call.block)
     rows = emit.call(_ROLE, _moe.transpose_groups.default, rows, received_WL)
     counts_L = emit.call(_ROLE, _moe.local_counts.default, received_WL, call.weights[0])
 

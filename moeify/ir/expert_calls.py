@@ -24,8 +24,8 @@ _STACKED = {  # operator -> the positions of its stacked weights
 class ExpertCall:
     """One call of a mixture, opened into its stages.
 
-    ``rows``, ``counts`` and ``order`` are the results of ``permute``; ``inside`` the nodes that compute the experts' rows
-    from them, in graph order, ``unpermute`` excluded.
+    ``rows``, ``counts`` and ``order`` are the results of ``permute``; ``inside`` the nodes that compute the experts'
+    rows from them, in graph order, ``unpermute`` excluded.
     """
 
     block: str  # Block.anchor

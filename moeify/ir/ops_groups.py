@@ -101,7 +101,7 @@ def pad_by_index(rows_RD: Tensor, counts_E: Tensor, size: int) -> Tensor:
 
 def unpad_by_index(padded_ECD: Tensor, counts_E: Tensor, rows: int) -> Tensor:
     """A gather; no wait for the device."""
-    E, C = padded_ECD.shape[:2]
+    C = padded_ECD.shape[1]
     if not rows or not C:
         return padded_ECD.new_zeros(rows, *padded_ECD.shape[2:])
     expert_R = expert_of_row(counts_E, rows)

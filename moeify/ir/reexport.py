@@ -1,4 +1,5 @@
-"""A rewritten program through torch.export again, as the check of its shapes. Nothing is computed and no weight read."""
+"""A rewritten program through torch.export again, as the check of its shapes. Nothing is computed and no weight
+read."""
 
 from __future__ import annotations
 

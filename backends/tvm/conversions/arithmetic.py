@@ -11,6 +11,7 @@ from torch import fx
 from tvm import relax
 
 from moeify.backends.tvm.conversions.translation import Convert, Translation
+from moeify.backends.tvm.emitter import dtype_of
 
 _aten = torch.ops.aten
 _op = relax.op
@@ -19,7 +20,7 @@ _op = relax.op
 def _common(node: fx.Node, left: Any, right: Any) -> torch.dtype:
     """The type in which torch computes with two operands."""
     values = [arg.meta["val"] if isinstance(arg, fx.Node) else arg for arg in (left, right)]
-    values = [int(v) if isinstance(v, torch.SymInt) else v for v in values]
+    values = [1 if isinstance(v, torch.SymInt) else v for v in values]  # int() would fix the size
     if not any(isinstance(v, torch.Tensor) for v in values):
         result: torch.dtype = node.meta["val"].dtype
         return result
@@ -43,18 +44,21 @@ def _unary(op: Callable[[Any], Any]) -> Convert:
     return convert
 
 
-def _test(op: Callable[[Any], Any]) -> Convert:
+def _binary(op: Callable[[Any, Any], Any]) -> Convert:
     def convert(t: Translation, node: fx.Node, args: Mapping[str, Any]) -> Any:
-        return t.emit(op(t.tensor(args["self"])))
+        return t.emit(op(*operands(t, node, args["self"], args["other"])))
 
     return convert
 
 
-def _binary(op: Callable[[Any, Any], Any]) -> Convert:
-    """Of operands of the type of the result, but for comparisons."""
+def compare(op: Callable[[Any, Any], Any]) -> Convert:
+    """Booleans as numbers: LLVM gets a comparison of floats for them."""
 
     def convert(t: Translation, node: fx.Node, args: Mapping[str, Any]) -> Any:
-        return t.emit(op(*operands(t, node, args["self"], args["other"])))
+        left, right = operands(t, node, args["self"], args["other"])
+        if dtype_of(left) == "bool":
+            left, right = t.cast(left, torch.int8), t.cast(right, torch.int8)
+        return t.emit(op(left, right))
 
     return convert
 
@@ -113,59 +117,9 @@ def _power(t: Translation, node: fx.Node, args: Mapping[str, Any]) -> Any:
     return t.emit(_op.power(*operands(t, node, args["self"], exponent, dtype)))
 
 
-def _logical(op: Callable[[Any, Any], Any]) -> Convert:
-    def convert(t: Translation, node: fx.Node, args: Mapping[str, Any]) -> Any:
-        return t.emit(op(*operands(t, node, args["self"], args["other"], torch.bool)))
-
-    return convert
-
-
-def _bitwise(on_bools: Callable[[Any, Any], Any], on_ints: Callable[[Any, Any], Any]) -> Convert:
-    def convert(t: Translation, node: fx.Node, args: Mapping[str, Any]) -> Any:
-        op = on_bools if node.meta["val"].dtype == torch.bool else on_ints
-        return t.emit(op(*operands(t, node, args["self"], args["other"])))
-
-    return convert
-
-
-def _not(t: Translation, node: fx.Node, args: Mapping[str, Any]) -> Any:
-    x = t.tensor(args["self"], torch.bool if node.target == _aten.logical_not.default else None)
-    return t.emit(_op.logical_not(x) if node.meta["val"].dtype == torch.bool else _op.bitwise_not(x))
-
-
-def _where(t: Translation, node: fx.Node, args: Mapping[str, Any]) -> Any:
-    dtype, shape = node.meta["val"].dtype, t.shape(node)
-    condition = t.aligned(t.tensor(args["condition"], torch.bool), shape)
-    left, right = (t.aligned(t.tensor(args[name], dtype), shape) for name in ("self", "other"))
-    return t.emit(_op.where(condition, left, right))
-
-
-def _masked_fill(t: Translation, node: fx.Node, args: Mapping[str, Any]) -> Any:
-    dtype, shape = node.meta["val"].dtype, t.shape(node)
-    mask = t.aligned(t.tensor(args["mask"], torch.bool), shape)
-    return t.emit(_op.where(mask, t.tensor(args["value"], dtype), t.aligned(t.tensor(args["self"], dtype), shape)))
-
-
-def _clamp(t: Translation, node: fx.Node, args: Mapping[str, Any]) -> Any:
-    dtype, shape = node.meta["val"].dtype, t.shape(node)
-    x = t.aligned(t.tensor(args["self"], dtype), shape)
-    for name, op in (("min", _op.maximum), ("max", _op.minimum)):
-        bound = args.get(name)
-        if bound is not None and not (
-            isinstance(bound, float) and math.isinf(bound) and (bound < 0) == (name == "min")
-        ):
-            x = t.emit(op(x, t.aligned(t.tensor(bound, dtype), shape)))
-    return x
-
-
 def _reciprocal(t: Translation, node: fx.Node, args: Mapping[str, Any]) -> Any:
     dtype = node.meta["val"].dtype
     return t.emit(_op.divide(t.tensor(1.0, dtype), t.tensor(args["self"], dtype)))
-
-
-def _is_infinite(t: Translation, node: fx.Node, args: Mapping[str, Any]) -> Any:
-    x = t.tensor(args["self"])
-    return t.emit(_op.equal(t.emit(_op.abs(x)), t.tensor(math.inf, args["self"].meta["val"].dtype)))
 
 
 def _log_of_one_more(t: Translation, node: fx.Node, args: Mapping[str, Any]) -> Any:
@@ -249,35 +203,6 @@ TABLE: dict[Any, Convert] = {
     _aten.pow.Tensor_Scalar: _power,
     _aten.pow.Tensor_Tensor: _power,
     _aten.pow.Scalar: _power,
-    _aten.logical_and.default: _logical(_op.logical_and),
-    _aten.logical_or.default: _logical(_op.logical_or),
-    _aten.logical_xor.default: _logical(_op.not_equal),
-    _aten.logical_not.default: _not,
-    _aten.bitwise_not.default: _not,
-    **{
-        getattr(getattr(_aten, name), kind): _bitwise(on_bools, on_ints)
-        for names, on_bools, on_ints in (
-            (("bitwise_and", "__and__"), _op.logical_and, _op.bitwise_and),
-            (("bitwise_or", "__or__"), _op.logical_or, _op.bitwise_or),
-            (("bitwise_xor", "__xor__"), _op.not_equal, _op.bitwise_xor),
-        )
-        for name in names
-        for kind in ("Tensor", "Scalar")
-    },
-    _aten.isnan.default: _test(_op.isnan),
-    _aten.isinf.default: _is_infinite,
-    _aten.where.self: _where,
-    _aten.where.ScalarSelf: _where,
-    _aten.where.ScalarOther: _where,
-    _aten.where.Scalar: _where,
-    _aten.masked_fill.Scalar: _masked_fill,
-    _aten.masked_fill.Tensor: _masked_fill,
-    _aten.clamp.default: _clamp,
-    _aten.clamp.Tensor: _clamp,
-    _aten.clamp_min.default: _clamp,
-    _aten.clamp_min.Tensor: _clamp,
-    _aten.clamp_max.default: _clamp,
-    _aten.clamp_max.Tensor: _clamp,
     _aten.reciprocal.default: _reciprocal,
     _aten.log1p.default: _log_of_one_more,
     _aten.log2.default: _scaled_log(1 / math.log(2)),

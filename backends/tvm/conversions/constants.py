@@ -60,7 +60,7 @@ class Constants:
 
     def _folds(self, node: fx.Node) -> bool:
         target = node.target
-        if not isinstance(target, torch._ops.OpOverload) or node.is_impure() or not target.namespace == "aten":
+        if not isinstance(target, torch._ops.OpOverload) or node.is_impure() or target.namespace != "aten":
             return False
         if torch.Tag.nondeterministic_seeded in target.tags or target._schema.is_mutable:
             return False
@@ -71,11 +71,7 @@ class Constants:
         if any(source not in self._names for source in sources):
             return False
         # An expanded view holds what it was expanded from, and is cheap to expand again.
-        return (
-            value.numel() <= max(_SMALL, *(source.meta["val"].numel() for source in sources))
-            if sources
-            else value.numel() <= _SMALL
-        )
+        return value.numel() <= max([_SMALL, *(source.meta["val"].numel() for source in sources)])
 
     def _compute(self, node: fx.Node) -> torch.Tensor:
         def load(source: fx.Node) -> torch.Tensor:

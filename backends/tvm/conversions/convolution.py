@@ -10,7 +10,8 @@ from torch import fx
 from tvm import relax
 
 from moeify.backends.tvm.conversions.matrices import by_name
-from moeify.backends.tvm.conversions.movement import permuted, sliced
+from moeify.backends.tvm.conversions.movement import permuted
+from moeify.backends.tvm.conversions.slices import sliced
 from moeify.backends.tvm.conversions.translation import Convert, Translation
 from moeify.backends.tvm.emitter import shape_of
 
@@ -37,7 +38,8 @@ def _convolution(t: Translation, node: fx.Node, args: Mapping[str, Any]) -> Any:
     else:
         edges = [before for before, _ in padding] + [after for _, after in padding]
         names = _LAYOUTS[rank]
-        options = dict(strides=stride, padding=edges, dilation=dilation, groups=args["groups"], data_layout=names[0])
+        options = {"strides": stride, "padding": edges, "dilation": dilation, "groups": args["groups"]}
+        options["data_layout"] = names[0]
         kernels = t.tensor(weight)
         if turned:
             more = _each(args["output_padding"], rank)
@@ -54,7 +56,7 @@ def _convolution(t: Translation, node: fx.Node, args: Mapping[str, Any]) -> Any:
 def _patches(t: Translation, node: fx.Node, x: Any, weight: fx.Node, bias: Any, kernel: Sequence[int]) -> Any:
     """Kernels that lie side by side, of one element too: rows of their elements through a linear layer."""
     rank = len(kernel)
-    batch, channels, *sizes = shape_of(x)
+    batch, channels = shape_of(x)[:2]
     counts = t.shape(node)[-rank:]
     for axis, (count, width) in enumerate(zip(counts, kernel)):  # what does not fill a patch is not read
         x = sliced(t, x, axis + 2, 0, t.symbols.simplify(count * width))

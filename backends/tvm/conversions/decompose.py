@@ -16,7 +16,9 @@ _DEPTH = 8
 
 
 def decompose(module: fx.GraphModule, known: Mapping[Any, Any]) -> None:
-    """Replace, in place, each operator that is not ``known`` by what torch computes it from, where that is all known.
+    """Replace each operator that is not ``known`` by what torch computes it from, where that is all known.
+
+    In place; the graph is to be read and not to be run then.
 
     Only such operators: a decomposition of the whole graph would take linear layers, attention and norms apart. An
     operator whose decomposition needs one that is unknown stays, to be reported by its own name.
@@ -28,7 +30,6 @@ def decompose(module: fx.GraphModule, known: Mapping[Any, Any]) -> None:
             recorded = _Recorder(known).run(node)
             if recorded is not None:
                 _replace(graph, node, recorded)
-    module.recompile()
 
 
 def _unknown(target: Any, known: Mapping[Any, Any]) -> bool:
@@ -59,12 +60,16 @@ class _Recorder(TorchDispatchMode):
         fakes = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         if not fakes or any(not hasattr(leaf, "fake_mode") for leaf in fakes):
             return None
+        mode: Any = fakes[0].fake_mode  # type: ignore[attr-defined]
         try:
-            with fakes[0].fake_mode, self, torch.no_grad():
+            with mode, self, torch.no_grad():
                 self.result = self._open(node.target, args, kwargs)
         except _NoDecomposition:
             return None
-        return self
+        made = {id(x) for x in fakes} | {id(x) for *_, result in self.calls for x in pytree.tree_leaves(result)}
+        read = pytree.tree_leaves([call[1:3] for call in self.calls] + [self.result])
+        # A decomposition may hold a tensor of its own, which no node computes.
+        return self if all(id(x) in made for x in read if isinstance(x, torch.Tensor)) else None
 
     def _open(self, op: Any, args: tuple, kwargs: dict) -> Any:
         made: Callable[..., Any] | None = decomposition_table.get(op)
@@ -102,6 +107,7 @@ def _replace(graph: fx.Graph, node: fx.Node, recorded: _Recorder) -> None:
     with graph.inserting_before(node):
         for func, args, kwargs, result in recorded.calls:
             args, kwargs = pytree.tree_map_only(torch.Tensor, lambda x: nodes[id(x)], (args, kwargs))
+            args, kwargs = pytree.tree_map_only(torch.SymInt, lambda s: _size(graph, s), (args, kwargs))
             made = graph.call_function(func, args, kwargs)
             made.meta = {**node.meta, "val": result}
             _register(graph, nodes, made, result)
@@ -113,6 +119,17 @@ def _replace(graph: fx.Graph, node: fx.Node, recorded: _Recorder) -> None:
             user.replace_all_uses_with(results[user.args[1]])
             graph.erase_node(user)
     graph.erase_node(node)
+
+
+def _size(graph: fx.Graph, value: torch.SymInt) -> fx.Node:
+    """A node for a size: an fx graph does not take it as it is."""
+    made = graph.call_function(_the_size)
+    made.meta["val"] = value
+    return made
+
+
+def _the_size() -> int:
+    raise AssertionError("sizes are read from the metadata of their nodes")
 
 
 def _register(graph: fx.Graph, nodes: dict[int, fx.Node], made: fx.Node, result: Any) -> None:

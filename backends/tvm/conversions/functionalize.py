@@ -8,7 +8,10 @@ import torch
 from torch import fx
 
 _aten = torch.ops.aten
-_SCATTERS = {_aten.select.int: _aten.select_scatter.default, _aten.slice.Tensor: _aten.slice_scatter.default}
+_SCATTERS: dict[Any, Any] = {
+    _aten.select.int: _aten.select_scatter.default,
+    _aten.slice.Tensor: _aten.slice_scatter.default,
+}
 # They may give their argument itself, though their schema does not say so.
 _MAYBE_VIEWS = (
     _aten.contiguous.default,
@@ -28,10 +31,10 @@ def functionalize(module: fx.GraphModule) -> None:
     After:   b = select_scatter(x, y, 1, 0); ... b ...
     """
     for node in list(module.graph.nodes):
-        if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
-            if node.target._schema.is_mutable and node.args and isinstance(node.args[0], fx.Node):
-                _rewrite(module.graph, node)
-    module.recompile()
+        operator = node.target
+        mutates = isinstance(operator, torch._ops.OpOverload) and operator._schema.is_mutable
+        if mutates and node.args and isinstance(node.args[0], fx.Node):
+            _rewrite(module.graph, node)
 
 
 def _rewrite(graph: fx.Graph, node: fx.Node) -> None:

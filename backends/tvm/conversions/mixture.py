@@ -24,7 +24,8 @@ def _experts_of(t: Translation, args: Mapping[str, Any]) -> Experts | None:
         return None
     experts, hidden, width = up.meta["val"].shape
     first, gate, last, *biases = names
-    assert first is not None and last is not None
+    assert first is not None
+    assert last is not None
     return Experts(first, gate, last, *biases, args["activation"], experts, width, hidden, down.meta["val"].shape[1])
 
 

@@ -11,7 +11,8 @@ from tvm import relax, tirx
 from tvm.script import tirx as T
 
 from moeify.backends.tvm.conversions.matrices import by_name
-from moeify.backends.tvm.conversions.movement import joined, permuted, sliced
+from moeify.backends.tvm.conversions.movement import permuted
+from moeify.backends.tvm.conversions.slices import joined, sliced
 from moeify.backends.tvm.conversions.translation import Convert, Translation
 from moeify.backends.tvm.emitter import shape_of
 from moeify.backends.tvm.types import tensor_type

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import fx
-from tvm import relax
+from tvm import relax, tirx
+from tvm.script import tirx as T
 
 from moeify.backends.tvm.conversions.movement import permuted
 from moeify.backends.tvm.conversions.translation import Convert, Translation
 from moeify.backends.tvm.emitter import shape_of
+from moeify.backends.tvm.types import dtype_name
 
 _aten = torch.ops.aten
 _op = relax.op
@@ -142,13 +145,45 @@ def _adaptive_mean(t: Translation, node: fx.Node, args: Mapping[str, Any]) -> An
     return t.emit(_op.mean(x, axes, keepdims=True))
 
 
-def _running(op: Callable[..., Any]) -> Convert:
+def _running(product: bool) -> Convert:
+    """cumsum and cumprod, by a kernel of our own: TVM's is scheduled by nothing."""
+
     def convert(t: Translation, node: fx.Node, args: Mapping[str, Any]) -> Any:
         dtype = node.meta["val"].dtype
         x = t.tensor(args["self"], dtype)
-        return t.emit(op(x, args["dim"] % len(shape_of(x)), dtype=str(dtype).removeprefix("torch.")))
+        shape = shape_of(x)
+        if not shape:
+            return x
+        dim = args["dim"] % len(shape)
+        before, after = (t.symbols.simplify(math.prod(part)) for part in (shape[:dim], shape[dim + 1 :]))
+        flat = t.reshape(x, [before, shape[dim], after])
+        name = f"cum{'prod' if product else 'sum'}_{dtype_name(dtype)}"
+        kernel = t.emitter.kernel(name, lambda: _run(dtype_name(dtype), product))
+        return t.reshape(t.emitter.call(kernel, [flat], flat.ty), shape)
 
     return convert
+
+
+def _run(dtype: str, product: bool) -> tirx.PrimFunc:
+    """Along the middle axis; the outer one in parallel."""
+
+    @T.prim_func(s_tir=True)
+    def run(source: T.handle, result: T.handle):
+        T.func_attr({"tirx.noalias": True})
+        A = T.int64()
+        N = T.int64()
+        B = T.int64()
+        X = T.match_buffer(source, (A, N, B), dtype)
+        Y = T.match_buffer(result, (A, N, B), dtype)
+        for a in T.parallel(A):
+            for n in range(N):
+                for b in range(B):
+                    if n == 0:
+                        Y[a, n, b] = X[a, n, b]
+                    else:
+                        Y[a, n, b] = Y[a, n - 1, b] * X[a, n, b] if product else Y[a, n - 1, b] + X[a, n, b]
+
+    return run
 
 
 TABLE: dict[Any, Convert] = {
@@ -179,6 +214,6 @@ TABLE: dict[Any, Convert] = {
     _aten.logsumexp.default: _log_sum_exp,
     _aten.adaptive_avg_pool1d.default: _adaptive_mean,
     _aten.adaptive_avg_pool2d.default: _adaptive_mean,
-    _aten.cumsum.default: _running(_op.cumsum),
-    _aten.cumprod.default: _running(_op.cumprod),
+    _aten.cumsum.default: _running(product=False),
+    _aten.cumprod.default: _running(product=True),
 }

@@ -26,7 +26,7 @@ def _sort(t: Translation, node: fx.Node, args: Mapping[str, Any]) -> Any:
                 # The slices have their results now, and nothing reads the sort itself.
                 for got in node.users:
                     for user in got.users:
-                        t.env[user] = t.conform(best[got.args[1]], user.meta["val"])
+                        t.env[user] = t.conform(best[int(str(got.args[1]))], user.meta["val"])
                 return [t.unknown(one) for one in node.meta["val"]]
     x, axis = t.tensor(args["self"]), args["dim"] % value.dim()
     # TVM's argsort is a stable one; its sort of values is not.

@@ -18,6 +18,8 @@ from moeify.backends.tvm.conversions import (
     recurrent,
     reductions,
     routing,
+    selection,
+    slices,
 )
 from moeify.backends.tvm.conversions.translation import Convert
 
@@ -35,5 +37,7 @@ _MODULES = (
     recurrent,
     reductions,
     routing,
+    selection,
+    slices,
 )
 CONVERSIONS: dict[Any, Convert] = {op: convert for module in _MODULES for op, convert in module.TABLE.items()}

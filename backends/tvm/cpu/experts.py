@@ -12,8 +12,9 @@ from tvm import relax
 
 from moeify.backends.tvm.cpu import packing
 from moeify.backends.tvm.cpu.dispatch import dispatch, plan_of_counts
-from moeify.backends.tvm.cpu.grouped import Grouped, make_rows, make_scatter
+from moeify.backends.tvm.cpu.grouped import make_rows, make_scatter
 from moeify.backends.tvm.cpu.permute import permute, unpermute
+from moeify.backends.tvm.cpu.product import Grouped
 from moeify.backends.tvm.cpu.route import route, topk
 from moeify.backends.tvm.emitter import Emitter, dtype_of, shape_of
 from moeify.backends.tvm.families import Experts, Lower

@@ -6,13 +6,13 @@ gives denormal results. Errors relative to the exact value, measured over the wh
 
 | function | error | method |
 |---|---|---|
-| ``exp`` | 1.5e-7 | 2^n e^r with r in +-ln(2)/2 by Cody and Waite, polynomial of Cephes ``expf`` |
-| ``expm1`` | 2.5e-7 | the same polynomial without its 1 |
-| ``log`` | 1.5e-7 | Cephes ``logf`` over [sqrt(1/2), sqrt(2)) |
-| ``log1p`` | 2.5e-7 | ``log`` of the rounded sum and its rounding error (Kahan), for arguments from 0 up |
-| ``tanh`` | 2e-7 | odd polynomial of Cephes ``tanhf`` below 0.625, else 1 - 2 / (e^2x + 1) |
-| ``erf`` | 2e-7 | N. Juffa's two polynomials: odd below 0.93, else 1 - e^p(x) |
-| ``sigmoid`` | 3e-7 | 1 / (1 + e^-x) |
+| ``exp`` | 1e-7 | 2^n e^r with r in +-ln(2)/2 by Cody and Waite, polynomial of Cephes ``expf`` |
+| ``expm1`` | 1.3e-7 | the same polynomial without its 1 |
+| ``log`` | 1e-7 | Cephes ``logf`` over [sqrt(1/2), sqrt(2)) |
+| ``log1p`` | 1.3e-7 | ``log`` of the rounded sum and its rounding error (Kahan), for arguments from 0 up |
+| ``tanh`` | 1.5e-7 | odd polynomial of Cephes ``tanhf`` below 0.625, else 1 - 2 / (e^2x + 1) |
+| ``erf`` | 1e-7 | N. Juffa's two polynomials: odd below 0.93, else 1 - e^p(x) |
+| ``sigmoid`` | 1.5e-7 | 1 / (1 + e^-x) |
 """
 
 from __future__ import annotations

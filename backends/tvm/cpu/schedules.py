@@ -2,7 +2,7 @@
 
 What is pointwise is computed where it is read. A loop whose length is known and fits vectors is vectorised here; one
 whose length is known when it runs is left to LLVM, which makes vectors of it and code for the rest. A reduction over
-the innermost axis holds a sum in each lane; over another axis, vectors go along the innermost one.
+the innermost axis adds one value after the other; over another axis, vectors go along the innermost.
 """
 
 from __future__ import annotations

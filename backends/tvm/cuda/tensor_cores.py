@@ -1,7 +1,7 @@
-"""Tensor-core instructions in the place of the blocks that describe them.
+"""Tensor-core instructions (wmma m16n16k16) in the place of the blocks that describe them.
 
-The schedule primitive for this, ``Schedule.tensorize``, ends the process with a segmentation fault in TVM 0.27.0 (in its
-copy of the intrinsic), so the blocks are replaced here, with TVM's own intrinsics for wmma m16n16k16.
+``Schedule.tensorize`` would do this, but in TVM 0.27.0 it ends the process with a segmentation fault, and importing
+TVM's own table of intrinsics takes minutes of CPU time: it parses hundreds of functions.
 """
 
 from __future__ import annotations
@@ -9,59 +9,81 @@ from __future__ import annotations
 from typing import Any
 
 from tvm import s_tir, tirx
-from tvm.s_tir.tensor_intrin.cuda import (
-    get_wmma_fill_intrin,
-    get_wmma_load_intrin,
-    get_wmma_store_intrin,
-    get_wmma_sync_intrin,
-)
+from tvm.script import tirx as T
 
 from moeify.backends.tvm.cuda.statements import rewrite
 from moeify.backends.tvm.cuda.tiles import FRAGMENT
 
 _SIZE = (FRAGMENT, FRAGMENT, FRAGMENT)
-_SHARED = "shared.dyn"
-
-
-def _implementation(name: str) -> tirx.PrimFunc:
-    """A fresh copy each time: its buffers become the block's own."""
-    half, wide = "float16", "float32"
-    if name == "wmma_clear":
-        return get_wmma_fill_intrin(*_SIZE, wide)[1]
-    if name == "wmma_load_a":
-        return get_wmma_load_intrin(*_SIZE, half, _SHARED, False, False)[1]
-    if name == "wmma_load_b":
-        return get_wmma_load_intrin(*_SIZE, half, _SHARED, True, True)[1]
-    if name == "wmma_store":
-        return get_wmma_store_intrin(*_SIZE, wide, _SHARED)[1]
-    assert name == "wmma_multiply", name
-    return get_wmma_sync_intrin(*_SIZE, half, wide, True)[1]
 
 
 def use_tensor_cores(function: tirx.PrimFunc) -> tirx.PrimFunc:
-    """The function with every block named ``wmma_*`` replaced by the instruction that does what it says."""
+    """The function with every block named ``wmma_*`` replaced by the instruction that does what the block says."""
 
-    def replace(block: Any) -> Any:
-        if not isinstance(block, s_tir.SBlock) or not block.name_hint.startswith("wmma_"):
-            return block
-        made = _implementation(block.name_hint)
-        regions = _regions(block)
-        buffers = [made.buffer_map[param] for param in made.params]
-        assert len(buffers) == len(regions), block.name_hint
-        inner = made.body.block.body
-        if isinstance(inner, s_tir.SBlockRealize):
-            inner = inner.block
-        while isinstance(inner, s_tir.SBlock):
-            inner = inner.body
-        matches = [s_tir.MatchBufferRegion(b, r) for b, r in zip(buffers, regions, strict=True)]
-        return s_tir.SBlock([], block.reads, block.writes, block.name_hint, inner, None, [], matches, {})
+    def replace(node: Any) -> Any:
+        if not isinstance(node, s_tir.SBlock) or not node.name_hint.startswith("wmma_"):
+            return node
+        regions = [*node.reads, *(r for r in node.writes if node.name_hint != "wmma_multiply")]
+        views = [_view(region) for region in regions]
+        call = _INSTRUCTIONS[node.name_hint](*views)
+        matches = [s_tir.MatchBufferRegion(v, r) for v, r in zip(views, regions, strict=True)]
+        body = tirx.Evaluate(call)
+        return s_tir.SBlock([], node.reads, node.writes, node.name_hint, body, None, [], matches, {})
 
     return function.with_body(rewrite(function.body, replace))
 
 
-def _regions(block: Any) -> list[Any]:
-    """The block's operands in the order of the intrinsic's parameters: sources, then what it writes."""
-    if block.name_hint == "wmma_multiply":
-        sums, a, b = block.reads
-        return [a, b, sums]
-    return [*block.reads, *block.writes]
+def _view(region: Any) -> Any:
+    """A 16 x 16 part of a buffer, whose place and row length are known when the buffers are laid out."""
+    source = region.source
+    strides = [tirx.Var("row_stride", "int32"), tirx.Var("column_stride", "int32")]
+    return tirx.decl_buffer(
+        (FRAGMENT, FRAGMENT),
+        str(source.dtype),
+        "part",
+        strides=strides,
+        elem_offset=tirx.Var("offset", "int32"),
+        scope=source.scope(),
+        data_alignment=64,
+        offset_factor=FRAGMENT,
+    )
+
+
+def _index(part: Any) -> Any:
+    """Which fragment of an array of fragments this is."""
+    row = part.strides[0]
+    return part.elem_offset // row // FRAGMENT * (row // FRAGMENT) + part.elem_offset % row // FRAGMENT
+
+
+def _clear(sums: Any) -> Any:
+    return T.tvm_fill_fragment(sums.data, *_SIZE, _index(sums), T.float32(0), dtype="void")
+
+
+def _load(order: str) -> Any:
+    def load(source: Any, target: Any) -> Any:
+        pointer = source.access_ptr("r", ptr_type=str(source.dtype))
+        place = (target.data, *_SIZE, _index(target))
+        return T.tvm_load_matrix_sync(*place, pointer, source.strides[0], order, dtype="void")
+
+    return load
+
+
+def _store(sums: Any, target: Any) -> Any:
+    pointer = target.access_ptr("w", ptr_type=str(target.dtype))
+    place = (sums.data, *_SIZE, _index(sums))
+    return T.tvm_store_matrix_sync(*place, pointer, target.strides[0], "row_major", dtype="void")
+
+
+def _multiply(sums: Any, a: Any, b: Any) -> Any:
+    operands = [value for part in (sums, a, b, sums) for value in (part.data, _index(part))]
+    return T.tvm_mma_sync(*operands, dtype="void")
+
+
+# The right operand is kept by columns, [columns, depth], which is a matrix_b in column-major order.
+_INSTRUCTIONS = {
+    "wmma_clear": _clear,
+    "wmma_load_a": _load("row_major"),
+    "wmma_load_b": _load("col_major"),
+    "wmma_store": _store,
+    "wmma_multiply": _multiply,
+}
