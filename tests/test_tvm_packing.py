@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from moeify.backends.tvm.cpu import packing
+from moeify.errors import Refused
 
 
 @pytest.mark.parametrize("outputs", [1, 7, 8, 9, 24])
@@ -42,3 +43,14 @@ def test_stored(dtype: torch.dtype) -> None:
     stored = packing.stored(value, dtype)
     assert stored.dtype == packing.stored_dtype(dtype)
     assert torch.equal(stored.view(dtype), value.to(dtype))
+
+
+def test_what_float16_cannot_hold_is_refused() -> None:
+    with pytest.raises(Refused) as error:
+        packing.stored(torch.tensor([1.0, -70000.0]), torch.float16, "layer.experts.up")
+    assert str(error.value) == (
+        "a weight of 70000 is beyond the 65504 of float16\n"
+        "  at: layer.experts.up\n"
+        "  hint: bfloat16 has the range of float32"
+    )
+    assert packing.stored(torch.tensor([float("inf")]), torch.float16).isinf()

@@ -80,7 +80,9 @@ def fake_result(program: Program, node: fx.Node, mode: FakeTensorMode) -> Any:
     if node.target is operator.getitem:
         return args[0][args[1]]  # type: ignore[index]
     if torch.Tag.data_dependent_output in getattr(node.target, "tags", ()):
-        with mode:  # a number of its own each time
+        # A number of its own each time: a fake tensor remembers the one it gave, and is itself remembered here.
+        with mode:
+            args = torch.utils._pytree.tree_map_only(torch.Tensor, torch.clone, args)
             return node.target(*args, **kwargs)  # type: ignore[operator]
     key = node.target, _describe(args), _describe(tuple(kwargs.items()))
     return _remembered(program, mode, key, lambda: node.target(*args, **kwargs))  # type: ignore[operator]

@@ -195,6 +195,8 @@ def _dimension_names(graph: fx.Graph, inputs: Sequence[InputSpec]) -> dict[Any, 
 def _sizes(value: Any) -> list[torch.SymInt]:
     if isinstance(value, torch.Tensor):
         return [s for s in tuple[Any, ...](value.shape) if isinstance(s, torch.SymInt)]
+    if isinstance(value, torch.SymInt):
+        return [value]
     if isinstance(value, (tuple, list)):
         return [size for item in value for size in _sizes(item)]
     return []

@@ -121,13 +121,19 @@ def _arrays(emitter: Emitter, spec: Grouped, names: tuple[str, ...], biases: tup
     known = source(names[0])
 
     def matrix() -> Tensor:
-        values = [packing.stored(source(name), spec.dtype) for name in names]
-        return packing.gated_panels(*values, columns) if spec.gated else packing.panels(values[0], columns)
+        values = [packing.stored(source(name), spec.dtype, name) for name in names]
+        if not spec.gated:
+            return packing.panels(values[0], columns)
+        gate, up = values
+        return packing.gated_panels(gate, up, columns)
 
     def bias() -> Tensor:
         absent = torch.zeros(spec.experts, spec.width, device=known.device)
         values = [absent if name is None else source(name).float() for name in biases]
-        return packing.gated_biases(*values, columns) if spec.gated else packing.padded(values[0], columns)
+        if not spec.gated:
+            return packing.padded(values[0], columns)
+        gate, up = values
+        return packing.gated_biases(gate, up, columns)
 
     with_gate = "_with_gate" if spec.gated else ""
     layout = f"panels{columns}{with_gate}_{str(spec.dtype).removeprefix('torch.')}"

@@ -13,6 +13,7 @@ from torch import Tensor
 from tvm import tirx
 
 from moeify.backends.tvm.types import BITS
+from moeify.errors import Refused
 
 STORED = (torch.float32, torch.float16, torch.bfloat16)
 _BITS = {torch.bfloat16: torch.uint16}
@@ -50,9 +51,19 @@ def gated_biases(gate: Tensor, up: Tensor, columns: int) -> Tensor:
     return torch.cat(parts, -1).flatten(-2)
 
 
-def stored(value: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rounded to ``dtype``; bfloat16 as its bits, which is how it is passed to kernels."""
+def stored(value: Tensor, dtype: torch.dtype, name: str = "") -> Tensor:
+    """Rounded to ``dtype``; bfloat16 as its bits, which is how it is passed to kernels.
+
+    Raises Refused, naming the weight, where a number is larger than ``dtype`` holds.
+    """
     rounded = value.to(dtype)
+    if dtype == torch.float16 and bool((rounded.isinf() & value.isfinite()).any()):
+        largest, limit = float(value.abs().max()), torch.finfo(dtype).max
+        raise Refused(
+            f"a weight of {largest:.6g} is beyond the {limit:.6g} of float16",
+            where=name or None,
+            hint="bfloat16 has the range of float32",
+        )
     return rounded.view(_BITS[dtype]) if dtype in _BITS else rounded
 
 

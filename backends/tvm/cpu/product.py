@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -110,7 +111,7 @@ class Product:
                     ahead = _Ahead(self, expert, panel, tile, tiles)
                     self._sums(expert, panel, at, ahead).store(done, 0, 0, columns)
             with T.serial(0, n) as i:
-                finish(panel, first + i, lambda j, i=i: done[i, j])
+                finish(panel, first + i, partial(lambda i, j: done[i, j], i))
 
     def _sums(self, expert: Any, panel: Any, at: list[Any], ahead: _Ahead) -> Sums:
         """The sums of these rows of x, fetching ahead."""

@@ -99,11 +99,11 @@ def _linear(emitter: Emitter, name: str, x: Any, token: Any | None, expert: Any,
     inputs += [emitter.weights.plain(bias)] if bias is not None else []
 
     def body(x: Any, expert: Any, w: Any, *rest: Any) -> None:
-        *rest, y = rest
+        *more, y = rest
 
         def one(r: Any, o: Any) -> None:
-            source = rest[0][r] if token is not None else r
-            first = _wide(rest[-1][expert[r], o]) if bias is not None else number(0)
+            source = more[0][r] if token is not None else r
+            first = _wide(more[-1][expert[r], o]) if bias is not None else number(0)
             _put(y, _sum(x.shape[1], lambda d: _wide(x[source, d]) * _wide(w[expert[r], o, d]), first), (r, o))
 
         _each(y.shape, one)

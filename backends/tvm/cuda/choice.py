@@ -56,5 +56,4 @@ def make_topk(experts: int, k: int, dtype: str) -> tirx.PrimFunc:
 
 
 def _above(a: Any, b: Any) -> Any:
-    # A NaN is not equal to itself.
-    return tirx.any(a > b, tirx.all(a != a, b == b))
+    return tirx.any(a > b, tirx.all(tirx.isnan(a), tirx.Not(tirx.isnan(b))))

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from tvm import relax, tirx
+import tvm
+from tvm import relax
 
 from moeify.backends.tvm.cuda.activations import TABLE
 from moeify.backends.tvm.cuda.attention import make_scores
@@ -163,8 +164,9 @@ def _total(sizes: list[Any]) -> Any:
 
 
 def _equal(a: Any, b: Any) -> bool:
-    return bool(tirx.analysis.expr_deep_equal(tirx.const(a, "int64") if isinstance(a, int) else a,
-                                              tirx.const(b, "int64") if isinstance(b, int) else b))
+    if isinstance(a, int) and isinstance(b, int):
+        return a == b
+    return bool(tvm.arith.Analyzer().can_prove_equal(a, b))
 
 
 def _same(a: list[Any], b: list[Any]) -> bool:

@@ -64,6 +64,7 @@ def _scheduled(mod: tvm.IRModule) -> tvm.IRModule:
         transform.FoldConstant(),
         transform.FuseOps(),
         transform.FuseTIR(),
+        transform.RewriteDataflowReshape(),  # before schedules, which hide what is only a reshape
         _each_function(_no_tensorize),  # before dlight, whose tensorization ends the process (see tensor_cores)
         dlight.ApplyDefaultSchedule(
             dlight.gpu.Matmul(),
@@ -73,7 +74,6 @@ def _scheduled(mod: tvm.IRModule) -> tvm.IRModule:
             dlight.gpu.Fallback(),
         ),
         _each_function(use_tensor_cores),
-        transform.RewriteDataflowReshape(),
         transform.ToNonDataflow(),
         transform.RemovePurityChecking(),
         transform.CallTIRRewrite(),

@@ -38,13 +38,17 @@ class BlockTile:
         """Parts side by side."""
         return self.columns // self.part_columns
 
-    @property
-    def name(self) -> str:
-        return f"{self.rows}x{self.columns}x{self.depth}"
+    def shared_bytes(self, dtype: str) -> int:
+        """An upper bound of the shared memory of a block: both operands with their padding, and the sums beside."""
+        size = {"float32": 4, "float16": 2}[dtype]
+        if not self.tensor_cores:
+            return size * self.depth * (self.rows + self.columns + 2 * 8)
+        operands = size * (self.rows + self.columns) * (self.depth + 8)
+        return operands + 4 * self.rows * (self.columns + 4)
 
 
 # 4 x 2 fragments of float32 sums are 64 registers of each thread; 15 KiB of operands and 33 KiB of sums share memory.
-HALF = BlockTile(64, 128, 32, 4, 32, 64, tensor_cores=True)
+HALF = BlockTile(64, 128, 32, 8, 32, 32, tensor_cores=True)
 # 8 x 4 sums are 32 registers; rows that an expert lacks cost as much as those it has, so tiles are not larger.
 FLOAT = BlockTile(64, 64, 16, 4, 8, 4, tensor_cores=False)
 
