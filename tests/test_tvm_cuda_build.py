@@ -46,9 +46,7 @@ def layer(dtype: torch.dtype) -> tuple[Any, Any]:
         families = table()
         wide = families("layer_norm", emitter, x, emitter.weights.plain("norm"), None, 1e-5)
         q = families("linear", emitter, wide, "q", None, "gelu")
-        heads = emitter.emit(
-            relax.op.permute_dims(emitter.emit(relax.op.reshape(q, (1, s, 4, 16))), [0, 2, 1, 3])
-        )
+        heads = emitter.emit(relax.op.permute_dims(emitter.emit(relax.op.reshape(q, (1, s, 4, 16))), [0, 2, 1, 3]))
         seen = families("attention", emitter, heads, heads, heads, None, True, 0.25)
         y = emitter.emit(relax.op.reshape(emitter.emit(relax.op.permute_dims(seen, [0, 2, 1, 3])), (s, 64)))
         logits = families("linear", emitter, y, "router", None)
@@ -91,7 +89,8 @@ def test_float16_products_are_tensor_core_instructions(built: tuple[str, str, Bu
     dtype, arch, made = built
     text = nvcc.ptx(made.source, arch)
     for kernel in made.kernels:
-        if kernel.threads != HALF.threads or not re.match("moe_up|moe_down|linear|matmul|attention", kernel.name):
+        # the second launch of a kernel sums up what experts gave
+        if not re.match(r"(moe_up|moe_down|linear|matmul|attention)\w*_kernel$", kernel.name):
             continue
         body = re.search(rf"\.entry {kernel.name}\(.*?\n}}", text, re.S)
         assert body is not None
@@ -127,7 +126,7 @@ def test_a_kernel_that_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) 
     weights = {"w": torch.zeros(8, 8)}
     made, _ = module({"x": ((8, 8), torch.float32)}, lambda e, x: table()("linear", e, x, "w", None), weights)
     monkeypatch.setattr(pipeline, "over_limits", lambda kernels: [f"{kernels[0].name} spills 4 bytes of registers"])
-    with pytest.raises(Refused, match="1 kernels do not fit sm_90: linear_.* spills 4 bytes"):
+    with pytest.raises(Refused, match=r"1 kernels do not fit sm_90: \w+ spills 4 bytes"):
         pipeline.compile(made, cuda_machine())
 
 
@@ -152,5 +151,5 @@ def test_cuda_home_goes_before_path(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 
 @needs_nvcc
 def test_source_that_does_not_compile() -> None:
-    with pytest.raises(RuntimeUnavailable, match="nvcc does not compile the kernels for fatbin: .*error"):
+    with pytest.raises(RuntimeUnavailable, match=r"nvcc does not compile the kernels for fatbin: .*error"):
         nvcc.compile_cuda("this is no CUDA", "sm_90")

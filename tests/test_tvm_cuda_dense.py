@@ -23,7 +23,9 @@ def n(name: str) -> Any:
 def test_linear_of_any_number_of_rows() -> None:
     weights = {"w": torch.randn(70, 33), "b": torch.randn(70)}
     shape = (n("batch"), n("seq"), 33)
-    run = on_cpu(*module({"x": (shape, torch.float32)}, lambda e, x: table()("linear", e, x, "w", "b", "gelu"), weights))
+    run = on_cpu(
+        *module({"x": (shape, torch.float32)}, lambda e, x: table()("linear", e, x, "w", "b", "gelu"), weights)
+    )
     for batch, seq in ((1, 1), (2, 35), (3, 64)):
         x = torch.randn(batch, seq, 33)
         assert relative(run(x), F.gelu(F.linear(x, weights["w"], weights["b"]))) < FLOAT
@@ -31,13 +33,17 @@ def test_linear_of_any_number_of_rows() -> None:
 
 def test_linear_in_float16_sums_in_float32() -> None:
     weights = {"w": (torch.randn(130, 72) * 0.1).half()}
-    run = on_cpu(*module({"x": ((n("t"), 72), torch.float16)}, lambda e, x: table()("linear", e, x, "w", None), weights))
+    run = on_cpu(
+        *module({"x": ((n("t"), 72), torch.float16)}, lambda e, x: table()("linear", e, x, "w", None), weights)
+    )
     x = torch.randn(65, 72).half()
     # one rounding to float16, of a sum whose own error is far below
     assert relative(run(x), F.linear(x.float(), weights["w"].float())) < 2**-11
 
 
-@pytest.mark.parametrize("shapes", [((3, 65, 20), (20, 70)), ((2, 3, 5, 20), (2, 3, 20, 70)), ((2, 3, 5, 7), (3, 7, 8))])
+@pytest.mark.parametrize(
+    "shapes", [((3, 65, 20), (20, 70)), ((2, 3, 5, 20), (2, 3, 20, 70)), ((2, 3, 5, 7), (3, 7, 8))]
+)
 def test_matmul(shapes: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
     a, b = (torch.randn(shape) for shape in shapes)
     inputs = {"a": (a.shape, a.dtype), "b": (b.shape, b.dtype)}
@@ -59,13 +65,12 @@ def test_attention(masking: str) -> None:
         return table()("attention", emitter, q, k, v, mask, masking == "causal", 0.3)
 
     run = on_cpu(*module(inputs, emit))
-    for batch, s, l in ((1, 1, 1), (2, 9, 9), (2, 5, 66)):
-        q, k, v = torch.randn(batch, 4, s, 12), torch.randn(batch, 2, l, 12), torch.randn(batch, 2, l, 20)
-        mask = {"float": torch.randn(batch, 1, s, l), "bool": (torch.rand(s, l) > 0.3) | (torch.arange(l) == 0)}.get(
-            masking
-        )
-        causal = masking == "causal"
-        want = F.scaled_dot_product_attention(q, k, v, mask, 0.0, causal, scale=0.3, enable_gqa=True)
+    for batch, rows, columns in ((1, 1, 1), (2, 9, 9), (2, 5, 66)):
+        q = torch.randn(batch, 4, rows, 12)
+        k, v = torch.randn(batch, 2, columns, 12), torch.randn(batch, 2, columns, 20)
+        seen = (torch.rand(rows, columns) > 0.3) | (torch.arange(columns) == 0)
+        mask = {"float": torch.randn(batch, 1, rows, columns), "bool": seen}.get(masking)
+        want = F.scaled_dot_product_attention(q, k, v, mask, 0.0, masking == "causal", scale=0.3, enable_gqa=True)
         assert relative(run(q, k, v, *([] if mask is None else [mask])), want) < FLOAT
 
 

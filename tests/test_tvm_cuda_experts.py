@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from tvm import tirx
+from tvm import relax, tirx
 
 import moeify.ir.ops  # noqa: F401
 from moeify.backends.tvm.cuda.table import table
@@ -96,12 +96,9 @@ def test_a_block_taken_apart() -> None:
         out = families("grouped_linear", emitter, hidden, counts, "down", None)
         whole = families("experts", emitter, rows, counts, case.spec())
         return emitter.emit(
-            tvm_tuple([rows, counts, order, out, whole, families("unpermute", emitter, whole, order, scale)])
+            relax.Tuple([rows, counts, order, out, whole, families("unpermute", emitter, whole, order, scale)])
         )
 
-    from tvm import relax
-
-    tvm_tuple = relax.Tuple
     inputs = {"x": ((t, 36), torch.float32), "experts": ((t, 2), torch.int64), "scale": ((t, 2), torch.float32)}
     run = on_cpu(*module(inputs, emit, weights))
     experts = torch.randint(0, case.experts, (70, 2))

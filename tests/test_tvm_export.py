@@ -17,8 +17,10 @@ from moeify.api.export import export_file
 from moeify.api.load import read_graph
 from moeify.backends.tvm import load
 from moeify.backends.tvm.backend import Tvm
+from moeify.backends.tvm.lowering import ranges_json, source
 from moeify.backends.tvm.machine import machine
 from moeify.errors import BadOption, OutputNotWritten, Refused, UsageError, VerificationFailed
+from moeify.frontend import capture
 from moeify.ir.program import Program
 from moeify.ir.recipe import Recipe
 
@@ -185,3 +187,18 @@ def test_the_users_data_is_verified_on(moe: Path, tmp_path: Path):
     report = export_file(moe, tmp_path / "out", Tvm(lowering="reference"), data=tmp_path / "batch.npz")
     assert report.tokens_verified == 2 * 5 * 7
     assert {block.lowering for block in report.blocks} == {"reference"}
+
+
+def test_a_dimension_that_the_program_bounds_is_bounded_in_the_library(tmp_path: Path):
+    class Positions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Parameter(torch.randn(12, 16))
+            self.up, self.down = nn.Linear(16, 32), nn.Linear(32, 16)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = x + self.table[: x.shape[1]]
+            return x + self.down(torch.relu(self.up(x)))
+
+    program = capture(Positions(), ["x=float32[batch=2,seq=5,16]"])
+    assert ranges_json(source(program)) == {"seq": [0, 12]}

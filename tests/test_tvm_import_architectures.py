@@ -14,7 +14,6 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # transformers and torch.expo
 
 CLOSE = 5e-6  # two layers of float32 in another order, and the runtime's own tanh and erf
 NAMES = [
-    "DistilBERT",
     "Llama",  # rotary embedding, a mask of positions
     "LSTM language model",
     "BitNet (norm over the hidden width)",  # an activation without a name

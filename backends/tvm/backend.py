@@ -148,7 +148,7 @@ class Tvm(Deployment):
     @contextmanager
     def lower(self, source: Source, chosen: Machine, path: Path, forced: Mapping[str, str]) -> Iterator[TvmFolder]:
         from moeify.backends.tvm import artefact, host, importing, linking
-        from moeify.backends.tvm.lowering import inputs_json, outputs_json
+        from moeify.backends.tvm.lowering import inputs_json, outputs_json, ranges_json
 
         with artefact.staged(path) as stage:
             imported = importing.import_graph(source.module, source.inputs, chosen, self.families(chosen.kind))
@@ -156,6 +156,7 @@ class Tvm(Deployment):
                 "format": FORMAT,
                 "inputs": inputs_json(source.inputs),
                 "outputs": outputs_json(source),
+                "ranges": ranges_json(source),
                 "weights": [weight.name for weight in imported.weights],
                 "target": chosen.text,
                 "device": chosen.kind,

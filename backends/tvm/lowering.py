@@ -15,22 +15,54 @@ from moeify.backends.exporting import drop_router_noise, export
 from moeify.backends.tvm.types import dtype_name
 from moeify.ir.program import InputSpec, Program
 
+_ENDLESS = 2**31  # torch writes "no bound" as the largest int64 or as infinity
+
 
 @dataclass(frozen=True)
 class Source:
-    """The unlifted torch graph of a program, its calls, and its inputs."""
+    """The unlifted torch graph of a program, its calls, and its inputs.
+
+    ``ranges`` are the bounds of dynamic dimensions by torch's symbol, (smallest, largest or None).
+    """
 
     module: fx.GraphModule
     calls: list[Call]
     inputs: tuple[InputSpec, ...]
+    ranges: dict[str, tuple[int, int | None]]
 
 
 def source(program: Program) -> Source:
     """Raises NotExportable."""
     still = program.clone()
     drop_router_noise(still)
-    module = export(still).module(check_guards=False)
-    return Source(module, find_calls(module.graph), program.inputs)
+    exported = export(still)
+    module = exported.module(check_guards=False)
+    return Source(module, find_calls(module.graph), program.inputs, _ranges(exported))
+
+
+def _ranges(exported: torch.export.ExportedProgram) -> dict[str, tuple[int, int | None]]:
+    """torch's constraints. A lower bound of 2 only says that the example was larger than 1: 0 and 1 run too."""
+    found = {}
+    for symbol, span in exported.range_constraints.items():
+        lower, upper = span.lower, span.upper
+        found[str(symbol)] = (
+            int(lower) if lower > 2 else 0,
+            int(upper) if upper.is_Integer and upper < _ENDLESS else None,
+        )
+    return found
+
+
+def ranges_json(origin: Source) -> dict[str, list[int | None]]:
+    """The bounds of the dimensions that have any, by name."""
+    names = _symbols(origin)
+    bounds: dict[str, list[int | None]] = {}
+    for symbol, (lower, upper) in origin.ranges.items():
+        if symbol not in names or (lower, upper) == (0, None):
+            continue
+        least, most = bounds.get(names[symbol], [0, None])  # inputs may share a name and not the symbol
+        largest = [size for size in (most, upper) if size is not None]
+        bounds[names[symbol]] = [max(least or 0, lower), min(largest, default=None)]
+    return bounds
 
 
 def inputs_json(inputs: Sequence[InputSpec]) -> list[dict[str, Any]]:

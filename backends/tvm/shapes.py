@@ -37,19 +37,16 @@ class Symbols:
         Symbols that are a size themselves are bound first; then those that are only found inside a size (an input
         that torch requires to be ``2 * s0`` long), which must be linear. Raises Refused.
         """
-        dims = [
-            (self._expression(s), name)
-            for shape, of in zip(shapes, names, strict=True)
-            for s, name in zip(shape, of, strict=True)
-        ]
-        for expression, name in dims:
+        pairs = [(self._expression(s), str(name)) for shape, of in zip(shapes, names) for s, name in zip(shape, of)]
+        for expression, name in pairs:
             if isinstance(expression, sympy.Symbol) and expression not in self._values:
-                self._values[expression] = self._variable(str(name))
-        for expression, name in dims:
+                self._values[expression] = self._variable(name)
+        solved = {}
+        for expression, name in pairs:
             free = {s for s in expression.free_symbols if s not in self._values}
             if free:
-                self._solve(expression, free, str(name))
-        return [[self.size(s) for s in shape] for shape in shapes]
+                solved[expression] = self._solve(expression, free, name)
+        return [[solved.get(self._expression(s), self.size(s)) for s in shape] for shape in shapes]
 
     def size(self, value: Any) -> Size:
         """An int, a torch.SymInt or a sympy expression as an int or a tirx expression. Raises Refused."""
@@ -77,7 +74,8 @@ class Symbols:
             self._variables[name] = tirx.Var(re.sub(r"\W", "_", name) or "size", "int64")
         return self._variables[name]
 
-    def _solve(self, expression: sympy.Expr, free: set[sympy.Symbol], name: str) -> None:
+    def _solve(self, expression: sympy.Expr, free: set[sympy.Symbol], name: str) -> tirx.Var:
+        """Bind the only symbol of a size that has not been bound; gives the variable of the size."""
         symbol = free.pop()
         slope, rest = expression.coeff(symbol, 1), expression.coeff(symbol, 0)
         linear = sympy.expand(slope * symbol + rest - expression) == 0 and slope.is_Integer and slope > 0
@@ -88,6 +86,7 @@ class Symbols:
             )
         variable = self._variable(name)
         self._values[symbol] = tirx.floordiv(variable - self.size(rest), int(slope))
+        return variable
 
     @staticmethod
     def _expression(value: Any) -> sympy.Expr:

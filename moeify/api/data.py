@@ -21,7 +21,7 @@ def read(path: str | Path, specs: Sequence[InputSpec]) -> tuple[torch.Tensor, ..
 
     Raises UnreadableFile, or BadInputSpec when names, ranks, fixed sizes or types do not fit the model's inputs.
     """
-    return fit(_tensors(Path(path)), specs, str(path))
+    return fit(tensors(Path(path)), specs, str(path))
 
 
 def fit(
@@ -43,7 +43,8 @@ def fit(
     return tuple(_fitted(tensors[spec.name], spec, source) for spec in specs)
 
 
-def _tensors(path: Path) -> dict[str, torch.Tensor] | list[torch.Tensor]:
+def tensors(path: Path) -> dict[str, torch.Tensor] | list[torch.Tensor]:
+    """All tensors of a file, by name or in order. Raises UnreadableFile."""
     if path.suffix not in _SUFFIXES:
         raise UnreadableFile(f"cannot tell what kind of data {path} is", hint="use .pt, .npz or .safetensors")
     if not path.is_file():

@@ -235,12 +235,12 @@ class _Kernel:
                 right = lambda j: self.v[_at(b, group, key, first + j, self.case.swapped[2])]  # noqa: E731
                 sums.multiply_add(lambda i: scores[i, key], right)
             for i in range(n):
-                each(
-                    lanes,
-                    lambda j, i=i: T.buffer_store(self.y, sums[i, j] * scales[i], [b, start + i, head, first + j]),
-                )
+                self._store(sums, i, scales[i], [b, start + i, head], first, lanes)
 
         vectors(self.case.v[3], self.tile_size.columns, panel)
+
+    def _store(self, sums: Sums, i: int, scale: Any, at: list[Any], first: Any, lanes: int) -> None:
+        each(lanes, lambda j: T.buffer_store(self.y, sums[i, j] * scale, [*at, first + j]))
 
 
 def _softmax(scores: Any, i: Any, panels: Any, columns: int) -> Any:

@@ -1,7 +1,7 @@
 """The named activations on float32 values, with the device's accurate functions.
 
-The functions are called by name (``expf``): TVM's own ``exp`` becomes ``__expf`` on CUDA, whose relative error grows with
-its argument. The C library has them under the same names, so that a kernel computes the same on a CPU.
+The functions are called by name (``expf``): TVM's own ``exp`` becomes ``__expf`` on CUDA, whose relative error grows
+with its argument. The C library has them under the same names, so that a kernel computes the same on a CPU.
 """
 
 from __future__ import annotations

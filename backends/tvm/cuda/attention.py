@@ -20,7 +20,7 @@ def make_scores(spec: Dense, heads: int, causal: bool, scale: float, mask: Mask 
     """
 
     def extra(batch: Any, m: Any, n: Any) -> Any:
-        given = None
+        given, dtype, ones = None, "", (False,) * 4
         if mask is not None:
             dtype, ones = mask
             full = (size(None, "examples"), tirx.const(heads, "int64"), m, n)
@@ -32,8 +32,8 @@ def make_scores(spec: Dense, heads: int, causal: bool, scale: float, mask: Mask 
             hidden = T.float32(float("-inf"))
             if given is not None:
                 place = (s // heads, s % heads, i, c)
-                seen = given[tuple(T.int64(0) if one else p for one, p in zip(mask[1], place))]
-                if mask[0] == "bool":
+                seen = given[tuple(T.int64(0) if one else p for one, p in zip(ones, place))]
+                if dtype == "bool":
                     value = tirx.if_then_else(seen, value, hidden)
                 else:
                     value = value + T.Cast("float32", seen)

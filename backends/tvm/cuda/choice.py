@@ -43,11 +43,11 @@ def make_topk(experts: int, k: int, dtype: str) -> tirx.PrimFunc:
         indices = argument("indices", (tokens, k), "int64")
         with each(tokens * experts) as i:
             t, e, place = i // experts, i % experts, scratch(1, "int32")
-            mine = T.Cast("float32", scores[t, e])
+            mine = _key(scores[t, e])
             B.buffer_store(place, T.int32(0), [0])
             with B.serial(tirx.const(experts, "int64")) as other:
-                theirs = T.Cast("float32", scores[t, other])
-                first = tirx.any(_above(theirs, mine), tirx.all(other < e, tirx.Not(_above(mine, theirs))))
+                theirs = _key(scores[t, other])
+                first = tirx.any(theirs > mine, tirx.all(theirs == mine, other < e))
                 B.buffer_store(place, place[0] + tirx.Cast("int32", first), [0])
             with B.If(place[0] < k), B.Then():
                 B.buffer_store(values, scores[t, e], [t, place[0]])
@@ -55,5 +55,12 @@ def make_topk(experts: int, k: int, dtype: str) -> tirx.PrimFunc:
     return builder.get()
 
 
-def _above(a: Any, b: Any) -> Any:
-    return tirx.any(a > b, tirx.all(tirx.isnan(a), tirx.Not(tirx.isnan(b))))
+def _key(score: Any) -> Any:
+    """An integer of the same order, in which NaN is the largest and both zeros are one number.
+
+    Compilers may assume that a comparison of floats has no NaN; with integers there is nothing to assume.
+    """
+    bits = tirx.reinterpret("int32", T.Cast("float32", score))
+    size = tirx.bitwise_and(bits, T.int32(0x7FFFFFFF))
+    ordered = tirx.Select(bits < 0, -size, size)
+    return tirx.Select(size > T.int32(0x7F800000), T.int32(0x7FFFFFFF), ordered)

@@ -40,7 +40,7 @@ def linear(emitter: Emitter, x: Any, weight: str, bias: str | None, activation: 
 
 
 def matmul(emitter: Emitter, a: Any, b: Any) -> Any:
-    """``a [..., M, K]`` times ``b [..., K, N]`` with float32 sums. None for vectors, and for types that are not ours."""
+    """``a [..., M, K]`` times ``b [..., K, N]`` with float32 sums. None for vectors and for other types."""
     dtype, left, right = dtype_of(a), shape_of(a), shape_of(b)
     if dtype not in DTYPES or dtype_of(b) != dtype or len(left) < 2 or len(right) < 2:
         return None
@@ -61,9 +61,7 @@ def matmul(emitter: Emitter, a: Any, b: Any) -> Any:
     return _reshape(emitter, _product(emitter, "matmul", spec, [a, b], (batch, m, n)), (*outer, m, n))
 
 
-def attention(
-    emitter: Emitter, q: Any, k: Any, v: Any, mask: Any | None, causal: bool, scale: float
-) -> Any:
+def attention(emitter: Emitter, q: Any, k: Any, v: Any, mask: Any | None, causal: bool, scale: float) -> Any:
     """``softmax(q @ k.T * scale + mask) @ v``; scores and their softmax are float32, [B, H, S, L] in memory."""
     dtype = dtype_of(q)
     (B, H, S, D), (_, G, L, _), dv = shape_of(q), shape_of(k), shape_of(v)[3]

@@ -38,9 +38,7 @@ def dispatch(emitter: Emitter, experts: Any, num_experts: int, rows: int) -> tup
     """
     tokens, k = shape_of(experts)
     total = tokens * k
-    kernel = emitter.kernel(
-        f"moe_dispatch_e{num_experts}_k{k}_rows{rows}", lambda: make_dispatch(num_experts, k, rows)
-    )
+    kernel = emitter.kernel(f"moe_dispatch_e{num_experts}_k{k}_rows{rows}", lambda: make_dispatch(num_experts, k, rows))
     pieces = at_least_one((total + (_PIECE - 1)) // _PIECE)
     shapes = [(pieces, num_experts), (num_experts,), (num_experts,), (max_tiles(total, num_experts, rows), 3), (total,)]
     found = emitter.call(kernel, [experts], [tensor_type(shape, "int32") for shape in shapes])

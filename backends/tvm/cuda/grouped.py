@@ -65,9 +65,9 @@ def make_grouped(spec: Grouped) -> tirx.PrimFunc:
         if spec.gather or spec.scatter:
             total = tokens * (spec.gather or spec.scatter)
         x = argument("x", (tokens if spec.gather else total, spec.inner), spec.dtype)
-        order = argument("order", (total,), "int32") if spec.gather or spec.scatter else None
+        order: Any = argument("order", (total,), "int32") if spec.gather or spec.scatter else None
         tiles = argument("tiles", (number, 3), "int32")
-        weights = argument("weights", (tokens, spec.scatter), spec.dtype) if spec.scatter else None
+        weights: Any = argument("weights", (tokens, spec.scatter), spec.dtype) if spec.scatter else None
         matrix = (spec.experts, spec.outer, spec.inner)
         gate = argument("gate", matrix, spec.dtype) if spec.gated else None
         up = argument("up", matrix, spec.dtype)

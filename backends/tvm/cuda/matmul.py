@@ -22,8 +22,8 @@ Size = int | None  # None: only known when it runs
 class Dense:
     """``a [S, M, K]`` times ``b``: ``[S / share, N, K]`` where ``by_rows``, else ``[S / share, K, N]``.
 
-    Matrix s of ``a`` meets matrix ``s // share`` of ``b``; one matrix for all where ``share`` is 0. The result is of type
-    ``out``, and ``bias`` is [N].
+    Matrix s of ``a`` meets matrix ``s // share`` of ``b``; one matrix for all where ``share`` is 0. The result is of
+    type ``out``, and ``bias`` is [N].
     """
 
     m: Size
@@ -62,27 +62,34 @@ def make_dense(spec: Dense, extra: Callable[[Any, Any, Any], Finish] | None = No
         tile, zero = tile_for(spec.dtype), T.Cast(spec.dtype, 0)
         blocks = at_least_one((m + (tile.rows - 1)) // tile.rows)  # of one matrix
 
+        # Not the operators // and %, which round down: a size might be negative for all that TVM knows.
+        def matrix_of(t: Any) -> Any:
+            return tirx.truncdiv(t, blocks)
+
+        def first_row(t: Any) -> Any:
+            return tirx.truncmod(t, blocks) * tile.rows
+
         def left(t: Any) -> Operand:
             def read(row: Any, depth: Any) -> Any:
-                i = t % blocks * tile.rows + row
-                return T.if_then_else(tirx.all(i < m, t // blocks < batch), a[t // blocks, i, depth], zero)
+                i = first_row(t) + row
+                return T.if_then_else(tirx.all(i < m, matrix_of(t) < batch), a[matrix_of(t), i, depth], zero)
 
             return Operand(read, vector(spec.k, spec.dtype))
 
         def right(t: Any, j: Any) -> Operand:
-            matrix = t // blocks // spec.share if spec.share else 0
+            matrix = matrix_of(t) // spec.share if spec.share else 0
 
             def read(row: Any, depth: Any) -> Any:
                 c = j * tile.columns + row
                 value = b[matrix, c, depth] if spec.by_rows else b[matrix, depth, c]
-                return T.if_then_else(tirx.all(c < n, t // blocks < batch), value, zero)
+                return T.if_then_else(tirx.all(c < n, matrix_of(t) < batch), value, zero)
 
             if spec.by_rows:
                 return Operand(read, vector(spec.k, spec.dtype))
             return Operand(read, vector(spec.n, spec.dtype), along="row")
 
         def finish(t: Any, j: Any, row: Any, column: Any, sums: Any) -> None:
-            s, i, c = t // blocks, t % blocks * tile.rows + row, j * tile.columns + column
+            s, i, c = matrix_of(t), first_row(t) + row, j * tile.columns + column
             with B.If(tirx.all(s < batch, i < m, c < n)), B.Then():
                 value = sums(0)
                 if bias is not None:

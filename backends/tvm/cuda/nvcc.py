@@ -47,7 +47,9 @@ def compile_cuda(source: str, arch: str) -> Compiled:
     number = arch.removeprefix("sm_")
     with tempfile.TemporaryDirectory() as folder:
         code = Path(folder) / "kernels.fatbin"
-        report = _run(source, folder, code, "--fatbin", f"-gencode=arch=compute_{number},code=[{arch},compute_{number}]")
+        report = _run(
+            source, folder, code, "--fatbin", f"-gencode=arch=compute_{number},code=[{arch},compute_{number}]"
+        )
         return Compiled(code.read_bytes(), report)
 
 

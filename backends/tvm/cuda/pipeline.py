@@ -65,6 +65,7 @@ def _scheduled(mod: tvm.IRModule) -> tvm.IRModule:
         transform.FuseOps(),
         transform.FuseTIR(),
         transform.RewriteDataflowReshape(),  # before schedules, which hide what is only a reshape
+        transform.DeadCodeElimination(),
         _each_function(_no_tensorize),  # before dlight, whose tensorization ends the process (see tensor_cores)
         dlight.ApplyDefaultSchedule(
             dlight.gpu.Matmul(),

@@ -41,9 +41,9 @@ class Operand:
 class Product:
     """``tiles`` x ``columns`` tiles, one a thread block, of a product over ``depth``.
 
-    ``left(t)`` and ``right(t, j)`` are the operands of tile ``t`` and block of columns ``j``. ``finish(t, row, column,
-    sums)`` writes output ``column`` of the block in ``row`` of the tile; ``sums(c)`` is the sum of column
-    ``column * group + c``. ``used(t)`` is 1, or 0 for a tile with nothing to do. ``before(t)`` are buffers to read once.
+    ``left(t)`` and ``right(t, j)`` are the operands of tile ``t`` and block of columns ``j``. ``finish(t, j, row,
+    column, sums)`` writes output ``column`` of the block in ``row`` of the tile, where ``sums(c)`` is the sum of column
+    ``column * group + c``. ``used(t)`` is 1, or 0 for a tile with nothing to do.
     """
 
     tile: BlockTile
@@ -59,11 +59,10 @@ class Product:
 
     def emit(self) -> None:
         """Add the kernel to the function that is being built."""
-        with B.thread_binding(self.tiles, thread="blockIdx.x") as t:
-            with B.thread_binding(self.columns, thread="blockIdx.y") as j:
-                # A loop and not a condition: TVM puts no barrier into a condition.
-                with B.serial(self.used(t) if self.used else 1), _block("tile"):
-                    self._tile(t, j)
+        x, y = B.thread_binding(self.tiles, thread="blockIdx.x"), B.thread_binding(self.columns, thread="blockIdx.y")
+        # Whether there is something to do is a loop and not a condition: TVM puts no barrier into a condition.
+        with x as t, y as j, B.serial(self.used(t) if self.used else 1), _block("tile"):
+            self._tile(t, j)
 
     def _tile(self, t: Any, j: Any) -> None:
         tile, shared = self.tile, "shared.dyn" if self.tile.tensor_cores else "shared"
@@ -138,9 +137,8 @@ class Product:
                 self.finish(t, j, row, column, lambda g: sums[thread, first + g])
             return
         out = B.sblock_alloc_buffer((tile.rows, tile.columns), "float32", scope=shared)
-        with self._warps() as (row, column), self._fragments() as (i, k):
-            with _aligned("leave", out, "out"):
-                _fragment("store", (_part(sums, row + i, column + k),), _part(out, row + i, column + k))
+        with self._warps() as (row, column), self._fragments() as (i, k), _aligned("leave", out, "out"):
+            _fragment("store", (_part(sums, row + i, column + k),), _part(out, row + i, column + k))
         width = tile.columns // group
         with threads(tile) as thread, B.serial(tile.rows * width // tile.threads) as n:
             place = n * tile.threads + thread
@@ -201,9 +199,9 @@ class _Copy:
 @contextmanager
 def threads(tile: BlockTile) -> Any:
     """A phase: the loop over the threads of a block."""
-    with B.thread_binding(tile.warps, thread="threadIdx.y") as warp:
-        with B.thread_binding(WARP, thread="threadIdx.x") as lane:
-            yield warp * WARP + lane
+    warps, lanes = B.thread_binding(tile.warps, thread="threadIdx.y"), B.thread_binding(WARP, thread="threadIdx.x")
+    with warps as warp, lanes as lane:
+        yield warp * WARP + lane
 
 
 @contextmanager

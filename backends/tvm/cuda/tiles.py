@@ -27,7 +27,8 @@ class BlockTile:
     def __post_init__(self) -> None:
         parts = (self.rows // self.part_rows) * (self.columns // self.part_columns)
         assert parts == (self.warps if self.tensor_cores else self.threads), self
-        assert self.rows % self.part_rows == 0 and self.columns % self.part_columns == 0, self
+        assert self.rows % self.part_rows == 0, self
+        assert self.columns % self.part_columns == 0, self
 
     @property
     def threads(self) -> int:
@@ -47,7 +48,7 @@ class BlockTile:
         return operands + 4 * self.rows * (self.columns + 4)
 
 
-# 4 x 2 fragments of float32 sums are 64 registers of each thread; 15 KiB of operands and 33 KiB of sums share memory.
+# 2 x 2 fragments of float32 sums are 32 registers of each thread. With 4 warps of twice as many, registers spill.
 HALF = BlockTile(64, 128, 32, 8, 32, 32, tensor_cores=True)
 # 8 x 4 sums are 32 registers; rows that an expert lacks cost as much as those it has, so tiles are not larger.
 FLOAT = BlockTile(64, 64, 16, 4, 8, 4, tensor_cores=False)

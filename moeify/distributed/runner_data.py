@@ -1,0 +1,160 @@
+"""Examples and who runs which: the batches of a run do not depend on the number of ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moeify.errors import BadInputSpec, BadOption, RuntimeUnavailable, UnreadableFile, UsageError
+from moeify.ir.program import InputSpec
+
+BYTES = "bytes"  # the tokenizer that needs no file: a token is a byte
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Tensors by name, an example to a row; ``inputs`` are the names that the model reads, in its order. What is there
+    beside them, such as labels, is for the loss.
+    """
+
+    tensors: Mapping[str, Tensor]
+    inputs: tuple[str, ...]
+    seed: int = 0
+    _orders: dict[int, Tensor] = field(default_factory=dict, repr=False, compare=False)
+
+    @cached_property
+    def count(self) -> int:
+        return len(next(iter(self.tensors.values())))
+
+    def shuffled(self, step: int, batch: int) -> list[int]:
+        """The examples of a training step: every one once, in a new order, before any comes again."""
+        return [int(self._order(p // self.count)[p % self.count]) for p in range(step * batch, (step + 1) * batch)]
+
+    def take(self, which: Sequence[int], device: torch.device) -> dict[str, Tensor]:
+        rows = torch.tensor(which, dtype=torch.int64)
+        return {name: tensor[rows].to(device) for name, tensor in self.tensors.items()}
+
+    def _order(self, epoch: int) -> Tensor:
+        if epoch not in self._orders:
+            self._orders.clear()
+            self._orders[epoch] = torch.randperm(
+                self.count, generator=torch.Generator().manual_seed(self.seed * 100_003 + epoch)
+            )
+        return self._orders[epoch]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A rank's part of a batch. A rank without examples runs one that counts nothing, as the others wait for it in
+    every exchange; ``counted`` is 0 then.
+    """
+
+    which: list[int]
+    counted: int
+
+
+def part(batch: Sequence[int], ranks: int, rank: int) -> Part:
+    """Neighbouring examples, as evenly as they go."""
+    start, stop = bounds(len(batch), ranks, rank)
+    mine = list(batch[start:stop])
+    return Part(mine or [batch[0]], len(mine))
+
+
+def bounds(count: int, ranks: int, rank: int) -> tuple[int, int]:
+    return count * rank // ranks, count * (rank + 1) // ranks
+
+
+def rows_of(count: int, ranks: int) -> list[int]:
+    """How many examples of a batch each rank has."""
+    return [stop - start for start, stop in (bounds(count, ranks, rank) for rank in range(ranks))]
+
+
+def from_tensors(tensors: Mapping[str, Tensor], specs: Sequence[InputSpec], source: str, seed: int = 0) -> Examples:
+    """Tensors whose rows are examples; those of the model's inputs have been checked. Raises BadInputSpec."""
+    names = tuple(spec.name for spec in specs)
+    counts = {name: len(tensor) if tensor.dim() else 0 for name, tensor in tensors.items()}
+    if len(set(counts.values())) != 1 or not min(counts.values()):
+        said = ", ".join(f"{name} has {count}" for name, count in counts.items())
+        raise BadInputSpec(f"{source}: the tensors have not one row per example: {said}")
+    return Examples(dict(tensors), names, seed)
+
+
+def from_text(
+    path: Path, tokenizer: str, sequence: int, specs: Sequence[InputSpec], ids: str, vocabulary: int, seed: int = 0
+) -> Examples:
+    """A text in pieces of ``sequence`` tokens, the last piece left out where it is shorter.
+
+    ``ids`` is the input that takes the tokens; an input named attention_mask gets ones. Raises UnreadableFile,
+    BadOption for a tokenizer that is not the model's, BadInputSpec for a model with other inputs.
+    """
+    try:
+        text = path.read_bytes().decode()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UnreadableFile(f"cannot read the text {path}: {error}") from error
+    tokens = torch.tensor(_tokens(text, tokenizer), dtype=torch.int64)
+    count = len(tokens) // sequence
+    if not count:
+        raise BadInputSpec(
+            f"{path} has {len(tokens)} tokens, fewer than one piece of {sequence}", hint="choose a smaller --sequence"
+        )
+    if int(tokens.max()) >= vocabulary:
+        raise BadOption(
+            f"the tokenizer gives token {int(tokens.max())} and the model knows {vocabulary}",
+            hint="give the tokenizer that belongs to the model",
+        )
+    pieces = tokens[: count * sequence].view(count, sequence)
+    made: dict[str, Tensor] = {}
+    for spec in specs:
+        if spec.name == ids:
+            made[spec.name] = pieces
+        elif "mask" in spec.name and len(spec.shape) == 2:
+            made[spec.name] = torch.ones_like(pieces).to(spec.dtype)
+        else:
+            raise BadInputSpec(
+                f"the model reads {spec}, which a text does not give",
+                hint="give tensors by input name instead: --data FILE.safetensors",
+            )
+        fixed = spec.shape[1]
+        if isinstance(fixed, int) and fixed != sequence:
+            raise BadInputSpec(f"the model reads {spec}, not {sequence} tokens", hint=f"choose --sequence {fixed}")
+    return Examples(made, tuple(spec.name for spec in specs), seed)
+
+
+def check_fixed(specs: Sequence[InputSpec], batch: int, ranks: int) -> int | None:
+    """The examples that the model takes at a time, where that is fixed. Raises BadInputSpec where a batch is not that
+    for every rank."""
+    fixed = next((spec.shape[0] for spec in specs if isinstance(spec.shape[0], int)), None)
+    if fixed is not None and batch != fixed * ranks:
+        raise BadInputSpec(
+            f"the model takes exactly {fixed} examples at a time, so {ranks} ranks need batches of {fixed * ranks}",
+            hint=f"choose --batch {fixed * ranks}, or convert with a name for the size: --input 'x=float32[batch=2,...]'",
+        )
+    return None if fixed is None else int(fixed)
+
+
+def _tokens(text: str, tokenizer: str) -> list[int]:
+    if tokenizer == BYTES:
+        return list(text.encode())
+    try:
+        from transformers import AutoTokenizer
+    except ImportError as error:
+        raise RuntimeUnavailable(
+            "a tokenizer needs transformers, which is not installed", hint="pip install 'moeify[hf]', or give tensors"
+        ) from error
+    place = Path(tokenizer)
+    if not place.exists():
+        raise UsageError(f"there is no tokenizer {tokenizer}", hint=f"give its folder, a .gguf file, or {BYTES!r}")
+    options: dict[str, Any] = {"local_files_only": True}
+    if place.is_file():
+        place, options["gguf_file"] = place.parent, place.name
+    try:
+        made = AutoTokenizer.from_pretrained(place, **options)
+    except Exception as error:  # transformers raises whatever it meets
+        raise UnreadableFile(f"cannot read the tokenizer {tokenizer}: {str(error).splitlines()[0]}") from error
+    return made(text, add_special_tokens=False, verbose=False)["input_ids"]
