@@ -39,6 +39,7 @@ class Deployed(Protocol):
     choices: Sequence[Choice]
     provider: str
     verified_on: str
+    notes: Sequence[str]  # what the report says of the lowering beside its choices
 
     def seen(self, inputs: Sequence[torch.Tensor]) -> dict[str, Seen]:
         """What the runtime computes in every call, by ``Call.name``."""

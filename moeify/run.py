@@ -5,29 +5,30 @@ Without torchrun it is one rank. The numbers do not depend on how many there are
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from moeify.cli import options
 from moeify.cli.main import main as run_command
-from moeify.cli.output import Screen, only_json, write_json
-from moeify.errors import BadOption, MoeifyError, UsageError
+from moeify.cli.output import only_json, write_json
+from moeify.errors import BadOption, MoeifyError, UnreadableFile, UsageError
 
 if TYPE_CHECKING:
+    from torch import nn
+
+    from moeify.cli.run_summary import Answer
     from moeify.distributed.runner_data import Examples
-    from moeify.distributed.runner_forward import Evaluation
     from moeify.distributed.runner_group import Ranks
     from moeify.distributed.runner_loss import Language, Loss
-    from moeify.distributed.training import Saving, Schedule, Trained
+    from moeify.distributed.training import Saving, Schedule
     from moeify.ir.program import Program
 
-_COLUMN = 13
 _STOPPED = 143  # 128 + SIGTERM, as a shell has it
 _TEXT = (".txt", ".text", ".md")
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -71,7 +72,6 @@ def run(
         int | None, typer.Option(min=1, metavar="N", help="Ranks that share the experts.  [all]")
     ] = None,
     timeout: Annotated[float, typer.Option(min=1.0, metavar="S", help="Seconds that an exchange may take.")] = 300.0,
-    device: Annotated[str, typer.Option(metavar="NAME", help="cpu (gloo) or cuda (NCCL).")] = "cpu",
     as_json: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
@@ -91,35 +91,35 @@ def run(
     schedule = training.Schedule(steps, batch, rate, weight_decay, clip, seed) if steps is not None else None
     saving = training.Saving(checkpoints, every, keep, resume) if checkpoints is not None else None
 
-    def work(ranks: Ranks) -> int:
-        from moeify.api.load import read_graph
+    answer: Answer = {} if as_json else None
 
-        program, _ = read_graph(model)
-        found = _language(program)
+    def work(ranks: Ranks) -> int:
         code = 0
         if data is not None:
-            examples = _examples(program, found, data, tokenizer, sequence, seed)
-            place = _bound(program, ranks, mode)
-            measure = _loss(loss, found, place, ranks)
+            task = _task(model, data, tokenizer, sequence, loss, seed, ranks, mode, batch)
             if schedule is not None:
-                code = _train(place, ranks, examples, measure, schedule, saving, as_json, found)
+                code = _train(task, ranks, schedule, saving, answer)
             else:
-                _evaluate(place, ranks, examples, measure, batch, saving, outputs, as_json, found)
+                _evaluate(task, ranks, batch, saving, outputs, answer)
         if write is not None and ranks.rank == 0:
-            _write(model, saving, write)
+            assert checkpoints is not None
+            _write(model, checkpoints, write)
         return code
 
     with only_json(as_json):
-        code = record(_on_ranks)(work, device, expert_ranks, timeout)
+        code = record(_on_ranks)(work, expert_ranks, timeout)
+    if answer:
+        write_json(answer)
     if code:
         raise typer.Exit(code)
 
 
-def _on_ranks(work: Callable[[Ranks], int], device: str, expert_ranks: int | None, seconds: float) -> int:
+def _on_ranks(work: Callable[[Ranks], int], expert_ranks: int | None, seconds: float) -> int:
     """``work`` as one of the ranks; where it fails, the others hear why."""
     from moeify.distributed import runner_group
 
-    ranks = runner_group.start(device, expert_ranks, seconds)
+    ranks = runner_group.start(expert_ranks, seconds)
+    code = None
     try:
         code = work(ranks)
     except MoeifyError as error:
@@ -128,5 +128,136 @@ def _on_ranks(work: Callable[[Ranks], int], device: str, expert_ranks: int | Non
     except Exception as error:
         ranks.groups.board.stop(ranks.rank, f"{type(error).__name__}: {error}")
         raise
-    runner_group.stop()
+    finally:
+        # Where a rank has failed, the others are in the middle of an exchange: ending the process tells them.
+        if code is not None or ranks.size == 1:
+            runner_group.stop()
     return code
+
+
+@dataclass(frozen=True)
+class _Task:
+    """A bound module with what it is to run on. ``ids`` is the input of a language model's tokens."""
+
+    module: nn.Module
+    examples: Examples
+    loss: Loss | None
+    ids: str | None
+    fixed: bool  # whether the model takes one number of examples only
+
+    def tokens(self, examples: int) -> int:
+        """Of so many examples; 0 where the model reads none."""
+        return 0 if self.ids is None else examples * self.examples.tensors[self.ids].shape[1]
+
+
+def _task(
+    model: Path, data: Path, tokenizer: str | None, sequence: int, loss: str | None, seed: int, ranks: Ranks,
+    mode: str, batch: int,
+) -> _Task:  # fmt: skip
+    from moeify.api.load import read_graph
+    from moeify.distributed import runner_data, runner_loss
+    from moeify.distributed.binding import bind
+
+    own = runner_loss.user_loss(loss) if loss else None  # before the model is read
+    program, _ = read_graph(model)
+    found = runner_loss.language_of(program)
+    examples = _examples(program, found, data, tokenizer, sequence, seed)
+    fixed = runner_data.check_fixed(program.inputs, batch, ranks.size)
+    module = bind(program, ranks.groups, options=f"mode={mode}")
+    if own is None and found is not None and runner_loss.is_causal(module, program, found):
+        return _Task(module, examples, found.loss, found.ids, fixed is not None)
+    return _Task(module, examples, own, None, fixed is not None)
+
+
+def _examples(
+    program: Program, found: Language | None, data: Path, tokenizer: str | None, sequence: int, seed: int
+) -> Examples:
+    from moeify.api import data as data_files
+    from moeify.distributed import runner_data
+
+    if data.suffix not in _TEXT:
+        tensors = data_files.tensors(data)
+        inputs = data_files.fit(tensors, program.inputs, str(data))
+        named = {spec.name: tensor for spec, tensor in zip(program.inputs, inputs)}
+        more = tensors if isinstance(tensors, dict) else {}
+        return runner_data.from_tensors({**more, **named}, program.inputs, str(data), seed)
+    if tokenizer is None:
+        raise UsageError(f"{data} is a text", hint=f"say how to cut it: --tokenizer FOLDER, or {runner_data.BYTES}")
+    if found is None:
+        raise BadOption(f"{data} is a text, and the model is no language model", hint="give tensors by input name")
+    return runner_data.from_text(data, tokenizer, sequence, program.inputs, found.ids, found.vocabulary, seed)
+
+
+def _train(task: _Task, ranks: Ranks, schedule: Schedule, saving: Saving | None, answer: Answer) -> int:
+    from moeify.cli.run_summary import Watch
+    from moeify.distributed import training
+
+    if task.loss is None:
+        raise UsageError("the model gives no scores of next tokens to train on", hint="give --loss pkg.mod:function")
+    with Watch(ranks, schedule.steps, answer) as watch:
+        made = training.train(task.module, ranks, task.examples, task.loss, schedule, saving, done=watch.step)
+    watch.trained(made, task.tokens(schedule.batch))
+    return _STOPPED if made.stopped else 0
+
+
+def _evaluate(
+    task: _Task, ranks: Ranks, batch: int, saving: Saving | None, outputs: Path | None, answer: Answer
+) -> None:
+    from moeify.cli.run_summary import Watch
+    from moeify.distributed import checkpoint, runner_forward
+
+    source = None
+    if saving is not None and saving.resume:
+        source = _last(saving.folder)
+        checkpoint.load(task.module, ranks.mesh, source)
+    wanted = outputs is not None or task.loss is None
+    with Watch(ranks, -(-task.examples.count // batch), answer) as watch:
+        made, gathered = runner_forward.evaluate(
+            task.module, ranks, task.examples, task.loss, batch,
+            whole_batches=task.fixed, ids=task.ids, outputs=wanted, done=watch.batch,
+        )  # fmt: skip
+    if outputs is not None and ranks.rank == 0:
+        from safetensors.torch import save_file
+
+        from moeify.backends.writing import atomically
+
+        with atomically(outputs) as temporary:
+            save_file({f"output{i}": value for i, value in enumerate(gathered)}, temporary)
+    watch.evaluated(made, source, outputs)
+
+
+def _write(model: Path, checkpoints: Path, output: Path) -> None:
+    from moeify.distributed import checkpoint_whole
+
+    source = _last(checkpoints)
+    if output.suffix == ".safetensors":
+        checkpoint_whole.consolidate(source, output)
+        return
+    from moeify.api.load import read_graph
+    from moeify.backends.pt2.archive import Pt2
+    from moeify.ir.report import Report
+
+    program, metadata = read_graph(model)
+    checkpoint_whole.load_program(program, source)
+    report = Report.from_dict(metadata["report"])
+    report.notes.append(f"trained: the weights are those of {source}")
+    Pt2().write(program, report, output)
+
+
+def _last(checkpoints: Path) -> Path:
+    from moeify.distributed import checkpoint_folder
+
+    found = checkpoint_folder.latest(checkpoints)
+    if found is None:
+        raise UnreadableFile(f"there is no checkpoint in {checkpoints}")
+    return found
+
+
+def main(arguments: Sequence[str]) -> int:
+    """One rank's exit code."""
+    rank = int(os.environ["RANK"]) if "RANK" in os.environ else None
+    return run_command(arguments, app, "python -m moeify.run", rank)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

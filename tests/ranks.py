@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["tests.rank_work"])
+_CONTEXT.set_forkserver_preload(["tests.rank_work", "tests.checkpoint_work", "tests.run_losses"])
 
 
 @dataclass

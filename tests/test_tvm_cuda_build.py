@@ -113,7 +113,7 @@ FITS = Kernel("k", 128, 49152, 0, 128)
         ({"registers": 256}, "k has 256 registers a thread, of 255"),
         ({"registers": 130, "threads": 512}, "k has 69632 registers a block, of 65536"),
         ({"shared": 49153}, "k has 49153 bytes of shared memory, of 49152"),
-        ({"spilled": 8}, "k spills 8 bytes of registers"),
+        ({"spilled": 72}, "k spills 72 bytes of registers, of 64"),
     ],
 )
 def test_what_does_not_fit_is_named(change: dict[str, int], text: str) -> None:

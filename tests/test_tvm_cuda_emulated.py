@@ -61,3 +61,25 @@ def test_experts_with_gate_gathered_rows_and_idle_tiles(
         y = torch.full((2 * tokens, 72), float("nan"), dtype=kind)
         run((4, ceildiv(144, tile.columns)), backwards, [tiles, x, order, gate, up, y, bias, 4])
         assert relative(y, want) < BOUND[dtype]
+
+
+def test_a_missing_barrier_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So the tests above would fail without one: a test of the emulator."""
+    spec = Dense(None, 64, 64, "float32", "float32", share=0)
+    source = cuda_source(make_dense(spec), monkeypatch)
+    barrier = "__syncthreads();"
+    barriers = source.count(barrier)
+    assert barriers == 2
+    a, b = torch.randn(1, 64, 64), torch.randn(1, 64, 64)
+    for missing in range(barriers):
+        parts = source.split(barrier)
+        text = barrier.join(parts[: missing + 1]) + barrier.join(parts[missing + 1 :])
+        folder = tmp_path / str(missing)
+        folder.mkdir()
+        run = emulate(text, folder)
+        wrong = []
+        for backwards in (False, True):
+            y = torch.zeros(1, 64, 64)
+            run((1, 1), backwards, [a, b, y, 1, 1, 64])
+            wrong.append(relative(y, a @ b.transpose(1, 2)) > BOUND["float32"])
+        assert any(wrong), missing

@@ -202,3 +202,14 @@ def test_a_dimension_that_the_program_bounds_is_bounded_in_the_library(tmp_path:
 
     program = capture(Positions(), ["x=float32[batch=2,seq=5,16]"])
     assert ranges_json(source(program)) == {"seq": [0, 12]}
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="the CUDA compiler nvcc is not on PATH")
+def test_a_library_for_a_gpu_says_what_was_and_was_not_run(moe: Path, tmp_path: Path):
+    report = export_file(moe, tmp_path / "out", Tvm(target="cuda", arch="sm_90", dtype="float16"))
+    assert json.loads((tmp_path / "out" / "moeify.json").read_text())["target"] == "cuda sm_90"
+    assert any("CUDA kernels compiled for sm_90: at most" in note for note in report.notes)
+    if report.provider == "cpu":
+        assert report.verified_on == "this machine's CPU, compiled for it from the same TIR (no GPU is here)"
+    # A unit in the last place of float16 is 1e-3; a sum of 32 of them that loses more than one has an error.
+    assert all(block.relative_error is not None and block.relative_error < 5e-3 for block in report.blocks)

@@ -67,7 +67,12 @@ MOVEMENT: Cases = {
     "overwritten": lambda m, x: _overwritten(x),
 }
 CREATION: Cases = {
-    "ranges": lambda m, x: [torch.arange(x.shape[0]), torch.arange(2, x.shape[0] + 5, 2, dtype=torch.float32)],
+    "ranges": lambda m, x: [
+        torch.arange(x.shape[0]),
+        torch.arange(2, x.shape[0] + 5, 2),
+        torch.arange(0, 9, 2.5),
+        torch.arange(x.shape[0], dtype=torch.float32),
+    ],
     "filled": lambda m, x: [torch.full((x.shape[0], 2), 7), torch.zeros_like(x), x.new_ones(x.shape[0])],
     "triangles": lambda m, x: [x.tril(), x.triu(1), torch.ones(x.shape[0], x.shape[0]).tril()],
     "a size as a number": lambda m, x: x * x.shape[0],

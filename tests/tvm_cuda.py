@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 import tvm
-from tvm import relax, tirx
+from tvm import relax
 
-from moeify.backends.tvm.cuda.serial import serial
+from moeify.backends.tvm.cuda.serial import serial_module
 from moeify.backends.tvm.emitter import Emitter
 from moeify.backends.tvm.machine import Machine, machine
 from moeify.backends.tvm.types import tensor_type
@@ -46,11 +46,7 @@ def module(
 
 def on_cpu(made: tvm.IRModule, weights: Weights) -> Callable[..., Any]:
     """The module as a function of torch tensors, with every kernel of ours serial."""
-    mod = made.clone()
-    for variable, function in list(mod.functions.items()):
-        if isinstance(function, tirx.PrimFunc):
-            mod.update_func(variable, serial(function))
-    vm = relax.VirtualMachine(tvm.compile(mod, target=machine("cpu").target), tvm.cpu())
+    vm = relax.VirtualMachine(tvm.compile(serial_module(made), target=machine("cpu").target), tvm.cpu())
     values = [tvm.runtime.tensor(weight.value().numpy()) for weight in weights]
 
     def run(*inputs: torch.Tensor) -> Any:

@@ -196,6 +196,7 @@ class OnnxFile:
         self.calls: Sequence[Call] = lowered.calls
         self.choices: Sequence[Choice] = lowered.choices
         self.provider, self.threads = provider, threads
+        self.notes: Sequence[str] = ()
         self.verified_on = f"ONNX Runtime's {provider} provider"
 
     def seen(self, inputs: Sequence[torch.Tensor]) -> dict[str, Seen]:

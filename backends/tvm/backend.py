@@ -164,8 +164,9 @@ class Tvm(Deployment):
                 "cpu_flags": host.flags_of(chosen.target),
             }
             link = linking.linker(chosen)
-            stage.write(compiled(imported, chosen), imported.weights, header, fcompile=link)
-            yield TvmFolder(self, source, imported, chosen, stage)
+            executable, notes = compiled(imported, chosen)
+            stage.write(executable, imported.weights, header, fcompile=link)
+            yield TvmFolder(self, source, imported, chosen, stage, notes)
 
     def choice(self, call: Call, chosen: Machine) -> Choice:
         """What a call is lowered to, for the report."""
@@ -178,15 +179,33 @@ class Tvm(Deployment):
         return Choice("fused", f"kernels of its own shape, {tile}{stored}")
 
 
-def compiled(imported: Imported, chosen: Machine) -> Any:
-    """The relax.VMExecutable of an imported program."""
+def compiled(imported: Imported, chosen: Machine) -> tuple[Any, list[str]]:
+    """The relax.VMExecutable of an imported program, and what there is to say of its kernels."""
     if chosen.kind == "cuda":
         from moeify.backends.tvm.cuda import pipeline as cuda
 
-        return cuda.compile(imported.mod, chosen)
+        built = cuda.build(imported.mod, chosen)
+        most = {what: max(getattr(kernel, what) for kernel in built.kernels) for what in ("registers", "shared")}
+        note = (
+            f"{len(built.kernels)} CUDA kernels compiled for {chosen.arch}: at most {most['registers']} registers a "
+            f"thread and {most['shared']} bytes of shared memory a block, by the compiler's report"
+        )
+        return built.executable, [note]
     from moeify.backends.tvm.cpu import pipeline as cpu
 
-    return cpu.compile(imported.mod, chosen)
+    return cpu.compile(imported.mod, chosen), []
+
+
+def _twin(imported: Imported, chosen: Machine) -> Any:
+    """The same Relax and TIR compiled for this machine's CPU; the threads of a GPU's kernels take turns."""
+    from moeify.backends.tvm.cpu import pipeline
+
+    here = dataclasses.replace(machine("cpu"), tile=chosen.tile)
+    if chosen.kind != "cuda":
+        return pipeline.compile(imported.mod, here)
+    from moeify.backends.tvm.cuda.serial import serial_module
+
+    return pipeline.compile(serial_module(imported.mod), here)
 
 
 class TvmFolder:
@@ -196,10 +215,18 @@ class TvmFolder:
     Relax and TIR compiled for the CPU that is here.
     """
 
-    def __init__(self, backend: Tvm, source: Source, imported: Imported, chosen: Machine, stage: Stage) -> None:
+    def __init__(
+        self,
+        backend: Tvm,
+        source: Source,
+        imported: Imported,
+        chosen: Machine,
+        stage: Stage,
+        notes: Sequence[str] = (),
+    ) -> None:
         from moeify.backends.tvm.loader import Compiled, load
 
-        self.backend, self.stage = backend, stage
+        self.backend, self.stage, self.notes = backend, stage, notes
         self.module: fx.GraphModule = source.module
         self.calls: Sequence[Call] = source.calls
         self.choices: Sequence[Choice] = [backend.choice(call, chosen) for call in source.calls]
@@ -214,8 +241,7 @@ class TvmFolder:
         else:
             what = "no GPU is here" if chosen.kind == "cuda" else "that CPU is not here"
             self.verified_on = f"this machine's CPU, compiled for it from the same TIR ({what})"
-            twin = dataclasses.replace(machine("cpu"), tile=chosen.tile)
-            self._runs = stage.twin(compiled(imported, twin))
+            self._runs = stage.twin(_twin(imported, chosen))
 
     def seen(self, inputs: Sequence[torch.Tensor]) -> dict[str, Seen]:
         from moeify.backends.tvm.observe import seen

@@ -53,7 +53,7 @@ class Libraries:
             "needs": {packages.PACKAGE: packages.require()},
         }
         with artefact.staged(Path(self._folder.name, name)) as stage:
-            stage.write(compiled(imported, machine), imported.weights, header, fcompile=linking.linker(machine))
+            stage.write(compiled(imported, machine)[0], imported.weights, header, fcompile=linking.linker(machine))
             stage.finish({})
         self._open[name] = load(Path(self._folder.name, name), threads=self.threads)
 

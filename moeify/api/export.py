@@ -130,6 +130,7 @@ class _Job:
     def _describe(self, file: Deployed) -> None:
         report = self.report
         report.provider, report.verified_on = file.provider, file.verified_on
+        report.notes += [note for note in file.notes if note not in report.notes]
         report.placements = file.placements() if self.backend.target == "cuda" else []
         report.blocks = []
         for call, choice in zip(file.calls, file.choices):

@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 refused or failed verification, 2 bad usage, 3 unreadable 
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import sys
@@ -55,23 +56,29 @@ def run() -> None:
     sys.exit(main(sys.argv[1:]))
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Run one command and return its exit code. Never raises for what a user can cause."""
+def main(
+    arguments: Sequence[str], command: typer.Typer | None = None, name: str = "moeify", rank: int | None = None
+) -> int:
+    """Run one command and return its exit code. Never raises for what a user can cause.
+
+    ``rank`` is this process's where it is one of several: errors say so, and only the first answers in JSON.
+    """
     # Also a command line that does not parse must be answered in JSON when it asks for JSON.
     flags = set(itertools.takewhile(lambda word: word != "--", arguments))
-    as_json, debug = "--json" in flags, "--debug" in flags
+    as_json, debug = "--json" in flags and not rank, "--debug" in flags
+    fail = functools.partial(_fail, rank)
     try:
         with warnings.catch_warnings():
             if not debug:  # torch and transformers warn about their own internals
                 warnings.simplefilter("ignore")
-            code = app(list(arguments) or ["--help"], prog_name="moeify", standalone_mode=False) or 0
+            code = (command or app)(list(arguments) or ["--help"], prog_name=name, standalone_mode=False) or 0
         sys.stdout.flush()
     except MoeifyError as error:
-        return _fail(as_json, type(error).__name__, error.what, error.where, error.hint, error.exit_code)
+        return fail(as_json, type(error).__name__, error.what, error.where, error.hint, error.exit_code)
     except _Usage as error:
-        command = error.ctx.command_path if error.ctx else "moeify"
-        hint = f"see {command} --help"
-        return _fail(as_json, "UsageError", _lower(error.format_message()), None, hint, error.exit_code)
+        path = error.ctx.command_path if error.ctx else name
+        hint = f"see {path} --help"
+        return fail(as_json, "UsageError", _lower(error.format_message()), None, hint, error.exit_code)
     except (typer.Abort, KeyboardInterrupt):
         code = _INTERRUPTED
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
@@ -79,19 +86,19 @@ def main(arguments: Sequence[str]) -> int:
         return 1
     except Exception as error:
         if isinstance(error, MemoryError) or any(text in str(error) for text in _NO_MEMORY):
-            return _fail(as_json, "OutOfMemory", "there is not enough memory for this", None, None, 1)
+            return fail(as_json, "OutOfMemory", "there is not enough memory for this", None, None, 1)
         if isinstance(error, OSError) and error.filename is None:  # stdout itself, so no JSON can be written there
             _drop_stdout()
-            return _fail(False, "OutputNotWritten", f"cannot print: {_lower(error.strerror or '')}", None, None, 1)
+            return fail(False, "OutputNotWritten", f"cannot print: {_lower(error.strerror or '')}", None, None, 1)
         if debug:
             import traceback
 
             traceback.print_exc()
         what = f"this is a bug in moeify: {type(error).__name__}: {error}"
         hint = "please report it" if debug else "run it again with --debug to see where, and please report it"
-        return _fail(as_json, "Bug", what, None, hint, _BUG)
+        return fail(as_json, "Bug", what, None, hint, _BUG)
     if code == _INTERRUPTED:
-        return _fail(as_json, "Interrupted", "interrupted; nothing was written", None, None, code)
+        return fail(as_json, "Interrupted", "interrupted; nothing was written", None, None, code)
     return code
 
 
@@ -100,13 +107,14 @@ def _drop_stdout() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _fail(as_json: bool, kind: str, what: str, where: str | None, hint: str | None, code: int) -> int:
+def _fail(rank: int | None, as_json: bool, kind: str, what: str, where: str | None, hint: str | None, code: int) -> int:
     if as_json:
         from moeify.cli.output import write_json
 
         write_json({"error": {"kind": kind, "what": what, "where": where, "hint": hint}})
     else:
-        print(f"error: {MoeifyError(what, where=where, hint=hint)}", file=sys.stderr)
+        who = "" if rank is None else f"rank {rank}: "
+        print(f"{who}error: {MoeifyError(what, where=where, hint=hint)}", file=sys.stderr)
     return code
 
 

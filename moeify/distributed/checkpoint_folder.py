@@ -19,6 +19,7 @@ from typing import Any
 from moeify.errors import OutputNotWritten, UnreadableFile
 
 STATE = "state.json"
+_SHARD = ".safetensors"
 _FORMAT = 1
 _STEP = re.compile(r"step-(\d{8,})")
 
@@ -73,7 +74,8 @@ def finish(folder: Path, state: State, keep: int) -> Path:
     part, place = part_of(folder, state.step), path_of(folder, state.step)
     try:
         with (part / STATE).open("w") as file:
-            json.dump({"format": _FORMAT, **asdict(state)}, file, indent=1)
+            sizes = {shard.name: shard.stat().st_size for shard in sorted(part.glob(f"*{_SHARD}"))}
+            json.dump({"format": _FORMAT, **asdict(state), "files": sizes}, file, indent=1)
             file.flush()
             os.fsync(file.fileno())
         if place.exists():  # of a run that went on from an earlier step
@@ -88,7 +90,7 @@ def finish(folder: Path, state: State, keep: int) -> Path:
 
 
 def read_state(checkpoint: Path) -> State:
-    """Raises UnreadableFile."""
+    """What a checkpoint says, with all its files there and whole. Raises UnreadableFile."""
     try:
         data = json.loads((checkpoint / STATE).read_text())
         if data["format"] != _FORMAT:
@@ -96,14 +98,27 @@ def read_state(checkpoint: Path) -> State:
                 f"{checkpoint} has format {data['format']!r} and this moeify reads format {_FORMAT}",
                 hint="open it with the version that wrote it",
             )
+        _check_files(checkpoint, data["files"])
         return State(int(data["step"]), int(data["ranks"]), dict(data["facts"]))
     except OSError as error:
         raise UnreadableFile(
             f"{checkpoint} is not a checkpoint: {STATE}: {(error.strerror or str(error)).lower()}",
             hint="give the folder of one step, such as step-00000040",
         ) from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UnreadableFile(f"the {STATE} of {checkpoint} is damaged: {error}") from error
+
+
+def _check_files(checkpoint: Path, sizes: dict[str, int]) -> None:
+    for name, size in sizes.items():
+        file = checkpoint / name
+        have = file.stat().st_size if file.is_file() else None
+        if have != size:
+            what = "is missing" if have is None else f"has {have} bytes instead of {size}"
+            raise UnreadableFile(
+                f"the checkpoint {checkpoint} is damaged: {name} {what}",
+                hint="go on from an earlier one, or copy it again, all of it",
+            )
 
 
 def _sync(folder: Path) -> None:

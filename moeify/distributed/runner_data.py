@@ -36,9 +36,9 @@ class Examples:
         """The examples of a training step: every one once, in a new order, before any comes again."""
         return [int(self._order(p // self.count)[p % self.count]) for p in range(step * batch, (step + 1) * batch)]
 
-    def take(self, which: Sequence[int], device: torch.device) -> dict[str, Tensor]:
+    def take(self, which: Sequence[int]) -> dict[str, Tensor]:
         rows = torch.tensor(which, dtype=torch.int64)
-        return {name: tensor[rows].to(device) for name, tensor in self.tensors.items()}
+        return {name: tensor[rows] for name, tensor in self.tensors.items()}
 
     def _order(self, epoch: int) -> Tensor:
         if epoch not in self._orders:
@@ -133,7 +133,7 @@ def check_fixed(specs: Sequence[InputSpec], batch: int, ranks: int) -> int | Non
     if fixed is not None and batch != fixed * ranks:
         raise BadInputSpec(
             f"the model takes exactly {fixed} examples at a time, so {ranks} ranks need batches of {fixed * ranks}",
-            hint=f"choose --batch {fixed * ranks}, or convert with a name for the size: --input 'x=float32[batch=2,...]'",
+            hint=f"choose --batch {fixed * ranks}, or convert with a named size: --input 'x=float32[batch=2,...]'",
         )
     return None if fixed is None else int(fixed)
 

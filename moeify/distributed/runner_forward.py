@@ -77,7 +77,7 @@ def evaluate(
         for start in range(0, last, batch):
             which = list(range(start, min(start + batch, last)))
             mine = part(which, ranks.size, ranks.rank)
-            tensors = examples.take(mine.which, ranks.device)
+            tensors = examples.take(mine.which)
             output = run_model(module, examples, tensors)
             if loss is not None:
                 value, count = loss(output, tensors, mine.counted)
@@ -96,7 +96,7 @@ def evaluate(
     if ids is not None:
         made.tokens = examples.tensors[ids][:last].numel()
         made.perplexity = math.exp(made.loss) if made.loss is not None and made.loss < 700 else None  # of float64
-    gathered = [torch.cat(pieces).cpu() for pieces in zip(*parts)] if ranks.rank == 0 else []
+    gathered = [torch.cat(pieces) for pieces in zip(*parts)] if ranks.rank == 0 else []
     made.outputs = [_described(x) for x in gathered]
     return made, gathered
 

@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from moeify.distributed.groups import Groups
 from moeify.distributed.processes import SECONDS, ProcessTransport, groups_of
 from moeify.errors import BadOption, NonFiniteValues, RankLost
+from moeify.ir import roles
 from moeify.ir.roles import DATA, EXPERTS
 
 
@@ -27,7 +28,6 @@ class Ranks:
     mesh: DeviceMesh
     groups: Groups
     everyone: ProcessTransport
-    device: torch.device
 
     @property
     def rank(self) -> int:
@@ -65,11 +65,11 @@ class Ranks:
         return self.everyone.all_to_all(x.contiguous(), received, sent, where)
 
     def _tensor(self, values: Sequence[float]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float64, device=self.device)
+        return torch.tensor(values, dtype=torch.float64)
 
 
-def start(device: str = "cpu", expert_ranks: int | None = None, seconds: float = SECONDS) -> Ranks:
-    """Join the others that torchrun has started, or be alone where it has not.
+def start(expert_ranks: int | None = None, seconds: float = SECONDS) -> Ranks:
+    """Join the others that torchrun has started, over gloo, or be alone where it has not.
 
     ``expert_ranks`` share one set of experts, all by default; the others hold the same. Raises BadOption, or RankLost
     when not all come within ``seconds``.
@@ -79,39 +79,28 @@ def start(device: str = "cpu", expert_ranks: int | None = None, seconds: float =
     if size % ep:
         fits = ", ".join(str(n) for n in range(1, size + 1) if size % n == 0)
         raise BadOption(f"{size} ranks do not split into groups of {ep}", hint=f"choose --expert-ranks out of {fits}")
-    place = torch.device(device)
-    if place.type == "cuda":
-        local = int(os.environ.get("LOCAL_RANK", "0"))
-        if not torch.cuda.is_available() or local >= torch.cuda.device_count():
-            raise BadOption(
-                f"there is no GPU for local rank {local}", hint="choose --device cpu, or fewer ranks"
-            )
-        place = torch.device("cuda", local)
-        torch.cuda.set_device(place)
-    elif place.type != "cpu":
-        raise BadOption(f"there is no device {device!r} here", hint="choose cpu or cuda")
-    backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"
-    _join(backend, seconds)
+    _join(seconds)
     shape, names = ((size,), (EXPERTS,)) if ep == size else ((size // ep, ep), (DATA, EXPERTS))
-    mesh = init_device_mesh(place.type, shape, mesh_dim_names=names)
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
     groups = groups_of(mesh, seconds)
     assert dist.group.WORLD is not None
-    return Ranks(mesh, groups, ProcessTransport(dist.group.WORLD, seconds, groups.board), place)
+    return Ranks(mesh, groups, ProcessTransport(dist.group.WORLD, seconds, groups.board))
 
 
 def stop() -> None:
-    """Leave the group, at the end of work that went well."""
+    """Leave the group: at the end of work that went well, or where there are no others to disturb."""
+    roles.unbind()
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-def _join(backend: str, seconds: float) -> None:
+def _join(seconds: float) -> None:
     limit = timedelta(seconds=seconds)
     if "RANK" not in os.environ:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=limit)
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1, timeout=limit)
         return
     try:
-        dist.init_process_group(backend, timeout=limit)
+        dist.init_process_group("gloo", timeout=limit)
     except (RuntimeError, ValueError) as error:  # torch's DistError is a RuntimeError
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise RankLost(

@@ -58,12 +58,12 @@ def language_of(program: Program) -> Language | None:
     return None
 
 
-def is_causal(module: nn.Module, program: Program, language: Language, device: torch.device) -> bool:
+def is_causal(module: nn.Module, program: Program, language: Language) -> bool:
     """Whether the scores of a position stay when a later token changes: a masked language model has scores too.
 
     Runs the module twice, on every rank.
     """
-    example = [tensor.to(device) for tensor in program.example]
+    example = [tensor.clone() for tensor in program.example]
     names = [spec.name for spec in program.inputs]
     changed = [tensor.clone() for tensor in example]
     ids = changed[names.index(language.ids)]

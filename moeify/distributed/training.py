@@ -135,7 +135,7 @@ def _step(
 ) -> tuple[float, float, bool]:
     """(mean loss, norm of the gradients, whether to stop)."""
     mine = part(examples.shuffled(step, schedule.batch), ranks.size, ranks.rank)
-    batch = examples.take(mine.which, ranks.device)
+    batch = examples.take(mine.which)
     torch.manual_seed((schedule.seed * 1_000_003 + step) * 4099 + ranks.rank)
     optimizer.zero_grad()
     value, count = loss(run_model(module, examples, batch), batch, mine.counted)

@@ -32,8 +32,11 @@ def cuda_source(function: tirx.PrimFunc, monkeypatch: Any) -> str:
 
 
 def emulate(source: str, folder: Path) -> Callable[..., None]:
-    """The first kernel of the source as ``run(grid, backwards, arguments)``; arguments are in which the kernel has them:
-    that of their first use, with what is stored to before what is stored, and sizes last."""
+    """The first kernel of the source as ``run(grid, backwards, arguments)``.
+
+    Arguments are in the kernel's order, which is that of their first use: what is stored to goes before what is
+    stored, and sizes go last.
+    """
     found = _KERNEL.search(source)
     assert found is not None
     threads, name, parameters = int(found[1]), found[2], found[3]
@@ -46,7 +49,19 @@ def emulate(source: str, folder: Path) -> Callable[..., None]:
     file, library = folder / "kernel.cc", folder / "kernel.so"
     file.write_text(code)
     here = Path(__file__).parent
-    command = ["g++", "-std=c++17", "-O1", "-shared", "-fPIC", "-w", f"-I{here}", str(file), "-o", str(library)]
+    command = [
+        "g++",
+        "-std=c++17",
+        "-O1",
+        "-fno-strict-aliasing",
+        "-shared",
+        "-fPIC",
+        "-w",
+        f"-I{here}",
+        str(file),
+        "-o",
+        str(library),
+    ]
     subprocess.run(command, check=True)
     loaded = ctypes.CDLL(str(library))
 

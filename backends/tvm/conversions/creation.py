@@ -10,6 +10,7 @@ from torch import fx
 from tvm import relax, te, tirx
 
 from moeify.backends.tvm.conversions.translation import Convert, Translation
+from moeify.backends.tvm.types import dtype_name
 
 _aten = torch.ops.aten
 _op = relax.op
@@ -43,8 +44,8 @@ def _scalar(t: Translation, node: fx.Node, args: Mapping[str, Any]) -> Any:
 def _arange(t: Translation, node: fx.Node, args: Mapping[str, Any]) -> Any:
     value = node.meta["val"]
     start, step = args.get("start", 0), args.get("step", 1)
-    if not all(isinstance(number, int | fx.Node) for number in (start, step)):
-        return NotImplemented
+    if isinstance(start, float) or isinstance(step, float):
+        return _fractions(t, node, start, step)
     first, by = t.size(start), t.size(step)
 
     def count(begin: Any, stride: Any, length: Any) -> te.Tensor:
@@ -53,6 +54,32 @@ def _arange(t: Translation, node: fx.Node, args: Mapping[str, Any]) -> Any:
     length = t.shape(node)[0]
     numbers = t.emitter.builder.emit_te(count, *(_prim(n) for n in (first, by, length)))
     return t.cast(numbers, value.dtype)
+
+
+def _fractions(t: Translation, node: fx.Node, start: Any, step: Any) -> Any:
+    """A range of floats, computed in double precision as torch does."""
+    dtype = dtype_name(node.meta["val"].dtype)
+
+    def of(number: Any) -> Any:
+        return tirx.const(number, "float64") if isinstance(number, float) else _prim(t.size(number))
+
+    first, by = of(start), of(step)
+
+    def count(begin: Any, stride: Any, length: Any) -> te.Tensor:
+        def element(i: Any) -> Any:
+            return (begin.astype("float64") + i.astype("float64") * stride.astype("float64")).astype(dtype)
+
+        return te.compute([length], element, name="arange")
+
+    # Sizes are arguments of the kernel, fractions are constants in it.
+    sizes = [one for one, number in ((first, start), (by, step)) if not isinstance(number, float)]
+
+    def of_sizes(length: Any, *given: Any) -> te.Tensor:
+        rest = iter(given)
+        begin = first if isinstance(start, float) else next(rest)
+        return count(begin, by if isinstance(step, float) else next(rest), length)
+
+    return t.emitter.builder.emit_te(of_sizes, _prim(t.shape(node)[0]), *sizes)
 
 
 def _prim(number: Any) -> Any:

@@ -20,7 +20,8 @@ def make_scores(spec: Dense, heads: int, causal: bool, scale: float, mask: Mask 
     """
 
     def extra(batch: Any, m: Any, n: Any) -> Any:
-        given, dtype, ones = None, "", (False,) * 4
+        given, dtype = None, ""
+        ones: tuple[bool, ...] = (False,) * 4
         if mask is not None:
             dtype, ones = mask
             full = (size(None, "examples"), tirx.const(heads, "int64"), m, n)

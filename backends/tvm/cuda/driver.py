@@ -29,7 +29,8 @@ def load_runtime() -> None:
         return
     library = Path(tvm.__file__).parent / "lib" / "libtvm_runtime_cuda.so"
     try:
-        ctypes.CDLL(str(_stub()), ctypes.RTLD_GLOBAL)
+        with tempfile.TemporaryDirectory() as folder:  # what is loaded stays when its file is gone
+            ctypes.CDLL(str(_stub(Path(folder))), ctypes.RTLD_GLOBAL)
         ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
     except OSError as error:
         raise RuntimeUnavailable(
@@ -43,9 +44,8 @@ def _known() -> bool:
     return tvm_ffi.get_global_func("ffi.Module.create.cuda", allow_missing=True) is not None
 
 
-def _stub() -> Path:
-    """The library that stands for the driver. The loader keeps it after its file is gone."""
-    folder = Path(tempfile.mkdtemp(prefix="moeify-cuda-"))
+def _stub(folder: Path) -> Path:
+    """The library that stands for the driver."""
     source, library = folder / "stub.c", folder / "libcuda.so.1"
     source.write_text("\n".join(f"int {name}(void) {{ return {_NO_DEVICE}; }}" for name in _NEEDS.split()))
     command = [str(find_nvcc()), "--shared", "-Xcompiler=-fPIC", "-Xlinker=-soname,libcuda.so.1", "--cudart=none"]

@@ -11,6 +11,9 @@ from dataclasses import dataclass
 
 _REGISTERS_PER_THREAD = 255
 _REGISTERS_PER_BLOCK = 65536
+# Stores and loads of one thread together. A few registers that are spilled once stay in the first cache; more of them
+# mean that the tile is too large for the architecture.
+_SPILLED = 64
 _STATIC_SHARED = 48 * 1024
 _SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024}  # of one block, with what is asked for at launch
 
@@ -37,8 +40,8 @@ class Kernel:
             found.append(f"{self.name} has {block} registers a block, of {_REGISTERS_PER_BLOCK}")
         if self.shared > _STATIC_SHARED:
             found.append(f"{self.name} has {self.shared} bytes of shared memory, of {_STATIC_SHARED}")
-        if self.spilled:
-            found.append(f"{self.name} spills {self.spilled} bytes of registers")
+        if self.spilled > _SPILLED:
+            found.append(f"{self.name} spills {self.spilled} bytes of registers, of {_SPILLED}")
         return found
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import tvm
 from tvm import tirx
 
 from moeify.backends.tvm.cuda.statements import rewrite
@@ -22,3 +23,12 @@ def serial(function: tirx.PrimFunc) -> tirx.PrimFunc:
         return node
 
     return function.with_body(rewrite(function.body, change))
+
+
+def serial_module(mod: tvm.IRModule) -> tvm.IRModule:
+    """A copy of a module with all its kernels serial: what a CPU can be asked to compute in a GPU's place."""
+    plain = mod.clone()
+    for variable, function in list(plain.functions.items()):
+        if isinstance(function, tirx.PrimFunc):
+            plain.update_func(variable, serial(function))
+    return plain

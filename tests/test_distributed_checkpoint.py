@@ -1,0 +1,168 @@
+"""Checkpoints of sharded models: any number of ranks to any other, to one file and back, and all that can go wrong."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from moeify.distributed import checkpoint_folder, checkpoint_whole
+from moeify.errors import MoeifyError, UnreadableFile
+from tests import checkpoint_work as work
+from tests import ranks, sharded
+
+
+def saved(tmp_path: Path, size: int, found: Path | None = None, steps: int = 1, **options: int) -> Path:
+    """A checkpoint that ``size`` ranks wrote."""
+    folder = tmp_path / f"ranks-{size}-{found.name if found else 'new'}"
+    outcomes = ranks.results(ranks.run(work.go_on, size, folder, tmp_path / "kept", found, steps, **options))
+    return outcomes[0][0]
+
+
+def compare(whole: dict[str, torch.Tensor], steps: int) -> None:
+    reference = dict(work.alone(steps).named_parameters())
+    assert reference.keys() <= whole.keys()
+    for name, value in reference.items():
+        assert sharded.relative(whole[name], value.detach()) <= 1e-5, name  # the bar for weights after training
+
+
+def test_any_number_of_ranks_goes_on_where_another_stopped(tmp_path: Path) -> None:
+    """Four experts on 2, 3 (the last rank has none), 1 and 4 ranks, and on a mesh of 2 x 2."""
+    found = None
+    for size, ep in ((2, 2), (3, 3), (1, 1), (4, 4), (4, 2)):
+        folder = tmp_path / f"{found.name if found else 'new'}"
+        outcomes = ranks.results(ranks.run(work.go_on, size, folder, tmp_path / "kept", found, 1, ep=ep))
+        found = outcomes[0][0]
+    assert checkpoint_folder.steps(tmp_path / "kept") == [1, 2, 3, 4, 5]
+    state = checkpoint_folder.read_state(found)
+    assert (state.step, state.ranks, state.facts) == (5, 4, {"by": "test"})
+    checkpoint_whole.consolidate(found, tmp_path / "whole.safetensors")
+    compare(load_file(tmp_path / "whole.safetensors"), 5)
+
+
+def test_one_file_and_back(tmp_path: Path) -> None:
+    found = saved(tmp_path, 3)
+    checkpoint_whole.consolidate(found, tmp_path / "whole.safetensors")
+    whole = load_file(tmp_path / "whole.safetensors")
+    program = work.program()
+    checkpoint_whole.load_program(program, found)
+    compare({name: p.detach() for name, p in program.graph_module.named_parameters()}, 1)
+    experts = sharded.experts_of(program)
+    for name, value in program.graph_module.named_parameters():
+        assert torch.equal(whole[name], value), name
+    for rank, part in enumerate(
+        ranks.results(ranks.run(work.load_whole, 2, tmp_path / "back", tmp_path / "whole.safetensors"))
+    ):
+        for name, value in part.items():
+            assert torch.equal(value, whole[name][2 * rank :][:2] if name in experts else whole[name]), name
+
+
+def test_older_checkpoints_go(tmp_path: Path) -> None:
+    kept = tmp_path / "kept"
+    found = saved(tmp_path, 1)
+    left = kept / ".step-00000007.part"
+    left.mkdir()
+    (left / "shard").touch()  # of a run that was killed while it wrote
+    assert checkpoint_folder.latest(kept) == found
+    for _ in range(2):
+        results = ranks.results(ranks.run(work.go_on, 1, tmp_path / f"r{found.name}", kept, found, 1, 2))
+        found = results[0][0]
+    assert sorted(entry.name for entry in kept.iterdir()) == ["step-00000002", "step-00000003"]
+
+
+def test_weights_in_any_order_of_memory(tmp_path: Path) -> None:
+    found = ranks.results(ranks.run(work.transposed, 2, tmp_path / "ranks", tmp_path / "kept"))[0]
+    checkpoint_whole.consolidate(found, tmp_path / "whole.safetensors")
+    compare(load_file(tmp_path / "whole.safetensors"), 0)
+
+
+WRONG = {
+    "disk_full": (
+        "OutputNotWritten",
+        "cannot write a checkpoint to {kept}: rank 1: OSError: [Errno 28] No space left on device",
+    ),
+    "diverged": (
+        "NonFiniteWeights",
+        (
+            "the weights after step 9 hold NaN or infinity on rank 1; they were not saved\n"
+            "  hint: go on from the checkpoint before, with a smaller learning rate"
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", WRONG)
+def test_what_was_there_stays(tmp_path: Path, fault: str) -> None:
+    found, kept = saved(tmp_path, 2), tmp_path / "kept"
+    kind, text = WRONG[fault]
+    for outcome in ranks.run(getattr(work, fault), 2, tmp_path / "fault", kept):
+        assert (outcome.code, outcome.kind, outcome.error) == (1, kind, text.format(kept=kept))
+    assert checkpoint_folder.latest(kept) == found
+    assert ranks.results(ranks.run(work.load, 2, tmp_path / "load", found, {})) == ["loaded"] * 2
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two ranks wrote."""
+    return saved(tmp_path_factory.mktemp("two"), 2)
+
+
+def test_of_another_model(two: Path, tmp_path: Path) -> None:
+    for outcome in ranks.run(work.load, 2, tmp_path / "load", two, {"experts": 6}):
+        assert outcome.kind == "StateDictMismatch"
+        assert outcome.error == (
+            f"the checkpoint {two} has (4, 24, 8) for model.layers.0.experts.up, which is (6, 24, 8) in the model\n"
+            "  hint: give the model that it was made from"
+        )
+
+
+def cut_short(found: Path) -> None:
+    file = sorted(found.glob("*.safetensors"))[1]
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def lose_a_shard(found: Path) -> None:
+    sorted(found.glob("*.safetensors"))[1].unlink()
+
+
+def other_bytes(found: Path) -> None:
+    file = sorted(found.glob("*.safetensors"))[1]
+    file.write_bytes(bytes(file.stat().st_size))
+
+
+def lose_the_state(found: Path) -> None:
+    (found / "state.json").unlink()
+
+
+def of_the_future(found: Path) -> None:
+    (found / "state.json").write_text(json.dumps({"format": 2, "step": 1, "ranks": 2, "facts": {}}))
+
+
+DAMAGE = {
+    cut_short: "is damaged: shard-00002-model-00001-of-00001.safetensors has ",
+    lose_a_shard: "is damaged: shard-00002-model-00001-of-00001.safetensors is missing",
+    other_bytes: "is damaged: Error while deserializing header: ",
+    lose_the_state: "is not a checkpoint: state.json: no such file or directory",
+    of_the_future: "has format 2 and this moeify reads format 1",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE, ids=lambda function: function.__name__)
+def test_damage(two: Path, tmp_path: Path, damage) -> None:
+    found = tmp_path / two.name
+    shutil.copytree(two, found)
+    damage(found)
+    with pytest.raises(MoeifyError) as caught:
+        checkpoint_whole.load_program(work.program(), found)
+    assert DAMAGE[damage] in str(caught.value)
+
+
+def test_a_file_that_is_no_safetensors(tmp_path: Path) -> None:
+    file = tmp_path / "whole.safetensors"
+    file.write_bytes(b"nothing")
+    outcome = ranks.run(work.load_whole, 1, tmp_path / "back", file)[0]
+    assert (outcome.kind, outcome.error.partition(":")[0]) == (UnreadableFile.__name__, f"cannot read {file}")
