@@ -101,6 +101,7 @@ def run(
                 code = _train(task, ranks, schedule, saving, answer)
             else:
                 _evaluate(task, ranks, batch, saving, outputs, answer)
+            ranks.total([0.0], "the end")  # the first rank's process may hold the store that the others still read
         if write is not None and ranks.rank == 0:
             assert checkpoints is not None
             _write(model, checkpoints, write)

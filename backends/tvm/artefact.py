@@ -29,8 +29,9 @@ _OURS = frozenset({HEADER, LIBRARY, PARAMETERS})
 class Stage:
     """A library that is being made in ``folder``, a temporary one beside ``path``. ``load(folder)`` opens it."""
 
-    def __init__(self, path: Path, folder: Path) -> None:
+    def __init__(self, path: Path, folder: Path, shown: Path) -> None:
         self.path, self.folder = path, folder
+        self._shown = shown  # the path as it was given
         self._header: dict[str, Any] = {}
 
     def write(
@@ -95,7 +96,7 @@ class Stage:
             raise
         _sync(self.path.parent)
         shutil.rmtree(old, ignore_errors=True)
-        return [self.path / name for name in names]
+        return [self._shown / name for name in names]
 
     def _describe(self) -> None:
         (self.folder / HEADER).write_text(json.dumps(self._header, indent=1) + "\n", "utf-8")
@@ -107,12 +108,12 @@ def staged(path: str | Path) -> Iterator[Stage]:
 
     Raises OutputNotWritten for what the operating system refuses and for a ``path`` that must not be replaced.
     """
-    path = Path(os.path.abspath(path))
+    shown, path = Path(path), Path(os.path.abspath(path))
     require_replaceable(path)
     folder = path.with_name(f".{path.name}.{secrets.token_hex(4)}.new")
     try:
         folder.mkdir()
-        yield Stage(path, folder)
+        yield Stage(path, folder, shown)
     except OSError as error:
         raise _not_written(path, reason(error)) from error
     finally:

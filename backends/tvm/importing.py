@@ -99,7 +99,9 @@ def _outputs(graph: fx.Graph, translation: Translation) -> list[Any]:
 def _convert(node: fx.Node, translation: Translation) -> bool:
     """Whether there is a conversion that takes the node; its result goes into the environment."""
     if node.target is operator.getitem:
-        translation.env[node] = translation.env[node.args[0]][node.args[1]]
+        several, index = node.args
+        assert isinstance(several, fx.Node)
+        translation.env[node] = translation.env[several][index]
         return True
     convert = CONVERSIONS.get(node.target)
     result = NotImplemented if convert is None else convert(translation, node, arguments(node))

@@ -15,7 +15,7 @@ _TABLE = {
     "convert": ("convert", "Turn a dense model into a verified mixture of experts."),
     "inspect": ("inspect", "See what would be converted, or what was."),
     "verify": ("verify", "Compare the outputs of two models."),
-    "bench": ("bench", "Time a converted model against its dense twin, in PyTorch and ONNX Runtime."),
+    "bench": ("bench", "Time a converted model against its dense twin, in PyTorch, ONNX Runtime and TVM."),
     "export": ("export", "Lower what convert wrote to a runtime's file, verified there."),
     "plan": ("plan", "Say what expert parallelism would cost, on any number of devices."),
     "calibrate": ("plan", "Measure the links and the arithmetic of this machine, for plan."),

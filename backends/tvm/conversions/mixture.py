@@ -23,10 +23,11 @@ def _experts_of(t: Translation, args: Mapping[str, Any]) -> Experts | None:
     if any(name is None and args[role] is not None for name, role in zip(names, roles)):
         return None
     experts, hidden, width = up.meta["val"].shape
-    first, gate, last, *biases = names
+    first, gate, last, up_bias, gate_bias, down_bias = names
     assert first is not None
     assert last is not None
-    return Experts(first, gate, last, *biases, args["activation"], experts, width, hidden, down.meta["val"].shape[1])
+    out = down.meta["val"].shape[1]
+    return Experts(first, gate, last, up_bias, gate_bias, down_bias, args["activation"], experts, width, hidden, out)
 
 
 def _dispatch(t: Translation, node: fx.Node, args: Mapping[str, Any]) -> Any:
