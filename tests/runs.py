@@ -14,6 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from moeify.run import main
 from tests.ranks import _CONTEXT
 
 
@@ -36,10 +39,12 @@ def run(
     seconds: float = 120,
     disturb: Callable[[list[Any]], None] = lambda processes: None,
 ) -> list[Ended]:
-    """The runner on ``size`` ranks; ``disturb`` gets the processes once they have started."""
+    """The runner on ``size`` ranks, or on one in this process; ``disturb`` gets the processes when started."""
+    words = [str(word) for word in arguments]
+    if size == 1:
+        return [_here(words)]
     folder.mkdir(parents=True, exist_ok=True)
     port = _free_port()
-    words = [str(word) for word in arguments]
     processes = [_CONTEXT.Process(target=_one, args=(words, rank, size, port, folder)) for rank in range(size)]
     for process in processes:
         process.start()
@@ -81,19 +86,17 @@ def _free_port() -> int:
 
 
 def _one(words: list[str], rank: int, size: int, port: int, folder: Path) -> None:
-    import torch
-
-    from moeify.run import main
-
     torch.set_num_threads(1)
-    if size > 1:
-        os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank))
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    ended = _here(words)
+    (folder / f"{rank}.out").write_text(ended.out)
+    (folder / f"{rank}.err").write_text(ended.err)
+    raise SystemExit(ended.code)
+
+
+def _here(words: list[str]) -> Ended:
     out, err = io.StringIO(), io.StringIO()
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            code = main(words)
-    finally:
-        (folder / f"{rank}.out").write_text(out.getvalue())
-        (folder / f"{rank}.err").write_text(err.getvalue())
-    raise SystemExit(code)
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main(words)
+    return Ended(code, out.getvalue(), err.getvalue())

@@ -13,11 +13,13 @@ from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
-from moeify.backends.tvm.cpu.reference_activations import TABLE as ACTIVATIONS
-from moeify.backends.tvm.cpu.reference_activations import library, number
+from moeify.backends.tvm.activations import Definitions
 from moeify.backends.tvm.emitter import Emitter, dtype_of, shape_of
 from moeify.backends.tvm.families import Experts, Families
 from moeify.backends.tvm.types import tensor_type
+
+_WIDE = Definitions("float64")
+ACTIVATIONS, number, library = _WIDE.table(), _WIDE.number, _WIDE.library
 
 Body = Callable[..., None]
 Out = tuple[Sequence[Any], str]

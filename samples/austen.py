@@ -1,0 +1,59 @@
+"""Jane Austen's six novels from the Debian package r-cran-janeaustenr, of which only the data file is read: no R needed.
+
+    apt-get download r-cran-janeaustenr && dpkg -x r-cran-janeaustenr_*.deb out/austen
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from pathlib import Path
+
+from pretrained import OUT
+
+_PLACES = (OUT / "austen" / "usr", Path("/usr"))
+_FILE = "lib/R/site-library/janeaustenr/data/Rdata.rdb"
+_CHARSXP = 9  # a string in R's serialisation: flags, whose low byte is this, length, bytes
+
+
+def novel(first_line: str = "EMMA") -> str | None:
+    """The text of one novel, which begins with the line; None where the package is not."""
+    found = next((place / _FILE for place in _PLACES if (place / _FILE).is_file()), None)
+    if found is None:
+        return None
+    for block in _blocks(found.read_bytes()):
+        lines = _strings(block)
+        if first_line in lines[:40]:
+            return "\n".join(lines[lines.index(first_line) :])
+    raise ValueError(f"{found} holds no novel that begins with {first_line!r}")
+
+
+def _blocks(data: bytes) -> list[bytes]:
+    """The objects of an rdb file: length of the rest and of the content, big-endian, then zlib."""
+    found, at = [], 0
+    while (at := data.find(b"\x78\x9c", at)) >= 0:
+        reader = zlib.decompressobj()
+        try:
+            content = reader.decompress(data[at:])
+        except zlib.error:
+            content = b""
+        if reader.eof and data[at - 4 : at] == struct.pack(">I", len(content)):
+            found.append(content)
+            at = len(data) - len(reader.unused_data)
+        else:
+            at += 2
+    return found
+
+
+def _strings(block: bytes) -> list[str]:
+    """The strings of a vector, in order."""
+    found, at = [], 0
+    while at + 8 <= len(block):
+        flags, length = struct.unpack_from(">Ii", block, at)
+        text = block[at + 8 : at + 8 + max(length, 0)]
+        if flags & 0xFF == _CHARSXP and flags < 1 << 20 and 0 <= length <= 400 and len(text) == length:
+            found.append(text.decode("latin-1" if not flags & 0x8000 else "utf-8"))
+            at += 8 + length
+        else:
+            at += 1 if flags & 0xFF != _CHARSXP else 4
+    return found
