@@ -1,6 +1,6 @@
-"""Jane Austen's six novels from the Debian package r-cran-janeaustenr, of which only the data file is read: no R needed.
+"""Jane Austen's six novels from the Debian package r-cran-janeaustenr, whose data file is read without R.
 
-    apt-get download r-cran-janeaustenr && dpkg -x r-cran-janeaustenr_*.deb out/austen
+apt-get download r-cran-janeaustenr && dpkg -x r-cran-janeaustenr_*.deb out/austen
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from pretrained import OUT
 _PLACES = (OUT / "austen" / "usr", Path("/usr"))
 _FILE = "lib/R/site-library/janeaustenr/data/Rdata.rdb"
 _CHARSXP = 9  # a string in R's serialisation: flags, whose low byte is this, length, bytes
+_UTF8 = 0x8000  # among the flags
+_LONGEST = 400  # of a line
 
 
 def novel(first_line: str = "EMMA") -> str | None:
@@ -51,9 +53,9 @@ def _strings(block: bytes) -> list[str]:
     while at + 8 <= len(block):
         flags, length = struct.unpack_from(">Ii", block, at)
         text = block[at + 8 : at + 8 + max(length, 0)]
-        if flags & 0xFF == _CHARSXP and flags < 1 << 20 and 0 <= length <= 400 and len(text) == length:
-            found.append(text.decode("latin-1" if not flags & 0x8000 else "utf-8"))
+        if flags & 0xFF == _CHARSXP and flags < 1 << 20 and 0 <= length <= _LONGEST and len(text) == length:
+            found.append(text.decode("utf-8" if flags & _UTF8 else "latin-1"))
             at += 8 + length
         else:
-            at += 1 if flags & 0xFF != _CHARSXP else 4
+            at += 1
     return found

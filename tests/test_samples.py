@@ -25,13 +25,18 @@ EXPECT = {
     "smollm2.py": ["LlamaForCausalLM: 30 blocks found, 15 converted", "generation unchanged"],
     "vit.py": ["left dense, not selected by the recipe", "five training steps"],
     "lstm.py": ["relu, 8 experts", "20 training steps"],
+    "expert_parallel.py": [
+        "2 of 30 blocks into 4 experts, top-2",
+        "2 ranks go on with step 3",
+        "the same on any number of ranks, and it goes on after a failure",
+    ],
     "whisper.py": ["gelu, 4 experts", "transcript tokens after"],
 }
-ARGUMENTS = {"smollm2.py": ["--length", "8"]}
+ARGUMENTS = {"smollm2.py": ["--length", "8"], "expert_parallel.py": ["--small"]}
 
 
 def test_every_sample_is_listed() -> None:
-    assert set(EXPECT) == {p.name for p in SAMPLES.glob("*.py")} - {"pretrained.py"}
+    assert set(EXPECT) == {p.name for p in SAMPLES.glob("*.py")} - {"austen.py", "pretrained.py"}
 
 
 @pytest.mark.parametrize("name", EXPECT)

@@ -17,7 +17,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
@@ -93,17 +93,22 @@ def read_metadata(reader: HuggingFaceStorageReader, checkpoint: Path) -> Metadat
         ) from error
 
 
+def tensor_metadata(found: Metadata) -> dict[str, TensorStorageMetadata]:
+    """What a checkpoint says of its tensors; it holds nothing else."""
+    return {k: v for k, v in found.state_dict_metadata.items() if isinstance(v, TensorStorageMetadata)}
+
+
 def check(wanted: Mapping[str, Tensor], found: Metadata, checkpoint: Path) -> None:
     """Raises StateDictMismatch for a tensor that is missing or has another shape, UnreadableFile for one in part."""
     for name, value in wanted.items():
-        have = found.state_dict_metadata.get(name)
+        have = tensor_metadata(found).get(name)
         if have is None or tuple(have.size) != tuple(value.shape):
             what = "has no" if have is None else f"has {tuple(have.size)} for"
             raise StateDictMismatch(
                 f"the checkpoint {checkpoint} {what} {name}, which is {tuple(value.shape)} in the model",
                 hint="give the model that it was made from",
             )
-        elements = sum(torch.Size(chunk.sizes).numel() for chunk in have.chunks)
+        elements: int = sum(torch.Size(chunk.sizes).numel() for chunk in have.chunks)
         if elements != value.numel():
             raise UnreadableFile(
                 f"the checkpoint {checkpoint} holds {elements} of the {value.numel()} elements of {name}",

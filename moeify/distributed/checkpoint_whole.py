@@ -16,7 +16,7 @@ from moeify.backends.writing import atomically
 from moeify.distributed import checkpoint_folder as folders
 from moeify.distributed import checkpoint_tensors as tensors
 from moeify.distributed.binding import binding_of
-from moeify.distributed.checkpoint import check, quiet, read_metadata
+from moeify.distributed.checkpoint import check, quiet, read_metadata, tensor_metadata
 from moeify.errors import StateDictMismatch, UnreadableFile
 from moeify.ir.program import Program
 from moeify.ir.sharding import share
@@ -33,7 +33,7 @@ def consolidate(checkpoint: str | Path, output: str | Path) -> None:
     found = read_metadata(reader, checkpoint)
     into = {
         name: torch.empty(have.size, dtype=have.properties.dtype)
-        for name, have in found.state_dict_metadata.items()
+        for name, have in tensor_metadata(found).items()
         if name.startswith(tensors.MODEL)
     }
     _read(into, reader, checkpoint)

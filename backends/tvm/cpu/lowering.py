@@ -8,6 +8,8 @@ import tvm
 from tvm import s_tir, tirx
 from tvm.tirx import compilation_pipeline
 
+from moeify.backends.tvm.cpu import flattening
+
 NAME = "moeify_cpu"
 LOOPS = "moeify.loops"  # attribute of a kernel that has no block to lower
 
@@ -45,7 +47,7 @@ def _lower(mod: tvm.IRModule, *, ours: bool) -> tvm.IRModule:
         s_tir.transform.LowerMatchBuffer(),
         s_tir.transform.StmtSimplify(),
         s_tir.transform.LowerOpaqueBlock(),
-        tirx.transform.FlattenBuffer(),
+        tirx.transform.FlattenBuffer() if ours else flattening.flatten(),
         tirx.transform.BF16ComputeLegalize(),
         tirx.transform.NarrowDataType(32),
         s_tir.transform.LoopPartition(),

@@ -42,7 +42,8 @@ def scheduled(function: tirx.PrimFunc) -> tirx.PrimFunc:
             _pointwise(sch, loops)
         elif all(kind in ("spatial", "reduce") for kind in kinds):
             _reduction(sch, block, loops, kinds)
-    return sch.mod["main"].with_attr("tirx.is_scheduled", True)
+    # What is computed at two places binds the variables of its Lets twice, which the simplifier does not take.
+    return s_tir.transform.ConvertSSA()(sch.mod)["main"].with_attr("tirx.is_scheduled", True)
 
 
 def _blocks(sch: Any) -> list[Any]:

@@ -1,0 +1,113 @@
+"""SmolLM2-135M-Instruct with 8 experts in every second block on 4 ranks: the same perplexity as one process, 20 steps
+of training, a power failure, and on with 2 ranks from the last checkpoint.
+
+The text is Austen's Emma where its package is (see austen.py), else this repository's README. ``--small`` takes fewer
+of everything. Ranks are processes over gloo, started by torchrun.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+from austen import novel
+from pretrained import OUT, smollm2
+
+import moeify
+
+FOLDER = OUT / "expert-parallel"
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+
+
+def converted(experts: int, blocks: str) -> Path:
+    """The model as a ``.pt2``, by way of the folder that ``moeify convert`` reads."""
+    from transformers import AutoModelForCausalLM
+
+    dense, output = FOLDER / "dense", FOLDER / "smollm2-moe.pt2"
+    source = smollm2()
+    model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype="float32")
+    config = type(model.config)(**{k: v for k, v in model.config.to_dict().items() if k != "quantization_config"})
+    config.use_cache = False  # a training step has no use for it
+    plain = type(model)(config)  # transformers does not save what it has read from GGUF
+    plain.load_state_dict(model.state_dict())
+    plain.save_pretrained(dense)
+    del model, plain
+    report = moeify.convert_file(dense, output, moeify.Recipe(experts=experts, top_k=2, blocks=blocks))
+    done = [block for block in report.blocks if block.converted]
+    print(f"{len(done)} of {len(report.blocks)} blocks into {experts} experts, top-2: ", end="")
+    print(f"{report.parameters_before / 1e6:.0f}M -> {report.parameters_after / 1e6:.0f}M parameters")
+    shutil.rmtree(dense)
+    return output
+
+
+def start(ranks: int, *words: object) -> subprocess.Popen[str]:
+    command = [*TORCHRUN, "--nproc-per-node", str(ranks), "-m", "moeify.run", *map(str, words), "--json"]
+    # A session of its own, so that all ranks can be killed at once.
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def run(ranks: int, *words: object) -> dict[str, Any]:
+    with start(ranks, *words) as started:
+        out, err = started.communicate()
+    if started.returncode:
+        raise SystemExit(err)
+    return json.loads(out)
+
+
+def fails_after(ranks: int, checkpoint: Path, *words: object) -> None:
+    """Kill every rank as soon as the checkpoint is there."""
+    with start(ranks, *words) as started:
+        while not checkpoint.exists():
+            if started.poll() is not None:
+                assert started.stderr is not None
+                raise SystemExit(started.stderr.read())
+            time.sleep(0.1)
+        os.killpg(started.pid, signal.SIGKILL)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--small", action="store_true", help="2 ranks, 4 experts in two blocks, a page, 2 steps")
+    small = parser.parse_args().small
+    ranks, experts, blocks = (2, 4, "last:2") if small else (4, 8, "every:2")
+    sequence, pieces, steps = (32, 8, 2) if small else (128, 24, 20)
+    shutil.rmtree(FOLDER, ignore_errors=True)
+    FOLDER.mkdir(parents=True)
+    text = novel() or (OUT.parent / "README.md").read_text()
+    book = FOLDER / "book.txt"
+    book.write_text(text[: 6 * sequence * pieces])  # a token has about four letters
+    model = converted(experts, blocks)
+    words = [model, "--data", book, "--tokenizer", smollm2(), "--sequence", sequence, "--batch", 4]
+
+    alone, together = run(1, *words), run(ranks, *words)
+    for name, said in (("one process", alone), (f"{ranks} ranks", together)):
+        print(f"perplexity {said['perplexity']:.5f} on {said['terms']} tokens, {name}, {said['seconds']:.0f} s")
+    moved = abs(together["perplexity"] / alone["perplexity"] - 1)
+    if moved > 1e-4:
+        raise SystemExit(f"the perplexity moved by {moved:.1e}")
+
+    kept = FOLDER / "checkpoints"
+    words += ["--lr", 2e-5, "--checkpoints", kept, "--every", steps // 2, "--resume"]
+    fails_after(ranks, kept / f"step-{steps:08d}", *words, "--steps", 100 * steps)
+    print(f"{ranks} ranks killed after step {steps}")
+    more = run(2, *words, "--steps", 2 * steps)
+    print(f"2 ranks go on with step {more['first_step']}: losses {more['losses'][0]:.4f} to {more['losses'][-1]:.4f}")
+    trained = run(1, *words)
+    print(f"perplexity after {2 * steps} steps {trained['perplexity']:.5f}, before {alone['perplexity']:.5f}")
+    if more["first_step"] != steps + 1 or not trained["perplexity"] < alone["perplexity"]:
+        raise SystemExit("the run did not go on where it had stopped")
+    print("the same on any number of ranks, and it goes on after a failure")
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    main()
