@@ -105,3 +105,48 @@ def test_small_kernels_have_no_threads() -> None:
     kernel = only_kernel(mod)
     assert "T.parallel(" not in kernel.script()
     assert "T.vectorized(T.int64(16))" in kernel.script()
+
+
+def test_a_function_of_itself_at_two_places() -> None:
+    """Its value is computed twice, within itself: what it names must have two names."""
+
+    def emit(e: Any, x: Any) -> Any:
+        y = e.emit(op.tanh(x))
+        z = e.emit(op.add(e.emit(op.permute_dims(y)), y))
+        return e.emit(op.tanh(e.emit(op.add(e.emit(op.tanh(z)), z))))
+
+    x = torch.randn(8, 8)
+    z = x.tanh() + x.tanh().T
+    torch.testing.assert_close(compiled(emit, [((8, 8), "float32")])(x), torch.tanh(z.tanh() + z))
+
+
+def test_a_function_whose_value_becomes_an_integer() -> None:
+    """As the buckets of relative positions are found: a logarithm, cast, with limits and a selection."""
+    (s,) = sizes("s")
+
+    def emit(e: Any, x: Any) -> Any:
+        distance = e.emit(op.astype(x, "float32"))
+        scaled = e.emit(op.multiply(e.emit(op.log(distance)), relax.const(3.0, "float32")))
+        bucket = e.emit(op.minimum(e.emit(op.astype(scaled, "int64")), relax.const(7, "int64")))
+        small = e.emit(op.less(x, relax.const(4, "int64")))
+        return e.emit(op.add(e.emit(op.where(small, x, bucket)), relax.const(1, "int64")))
+
+    x = torch.arange(1, 31).reshape(1, 30)
+    expected = torch.where(x < 4, x, (x.float().log() * 3.0).long().clamp(max=7)) + 1
+    assert torch.equal(compiled(emit, [((1, s), "int64")])(x), expected)
+
+
+@pytest.mark.parametrize("batch", [2, "b"])
+def test_rows_repeated_after_the_first(batch: int | str) -> None:
+    """Reads ``(row % 8 + 1) // 2``, beside ``row // 8``: TVM's own way to one dimension reads before the buffer."""
+    b = sizes("b")[0] if batch == "b" else batch
+
+    def emit(e: Any, x: Any) -> Any:
+        first, rest = e.emit(op.strided_slice(x, [1], [0], [1])), e.emit(op.strided_slice(x, [1], [1], [4]))
+        twice = e.emit(op.reshape(e.emit(op.repeat(rest, 2, 1)), (b, 6, 16)))
+        both = e.emit(op.concat([first, e.emit(op.nn.pad(twice, [0, 0, 0, 1, 0, 0]))], 1))
+        return e.emit(op.add(both, both))
+
+    x = torch.randn(2, 4, 16)
+    expected = torch.cat((x[:, :1], F.pad(x[:, 1:].repeat_interleave(2, 1), (0, 0, 0, 1))), 1) * 2
+    torch.testing.assert_close(compiled(emit, [((b, 4, 16), "float32")])(x), expected)

@@ -53,10 +53,25 @@ def _blocks(sch: Any) -> list[Any]:
 def _inline(sch: Any) -> None:
     """Compute what is pointwise and read within the function where it is read."""
     for block in _blocks(sch)[:-1]:
+        if _becomes_integer(sch, block):
+            continue
         try:
             sch.compute_inline(block)
         except s_tir.ScheduleError:  # a reduction, or a result of the function
             continue
+
+
+def _becomes_integer(sch: Any, block: Any) -> bool:
+    """Its floats are made integers where they are read.
+
+    TVM looks for the limits of an integer through the whole expression, and fails at variables of a Let in it.
+    """
+    readers = [_dtype(sch, reader) for reader in sch.get_consumers(block)]
+    return _dtype(sch, block).startswith("float") and any("int" in dtype for dtype in readers)
+
+
+def _dtype(sch: Any, block: Any) -> str:
+    return str(sch.get(block).writes[0].source.dtype)
 
 
 def _plain(sch: Any, block: Any, loops: list[Any]) -> bool:
