@@ -2,7 +2,7 @@
 of training, a power failure, and on with 2 ranks from the last checkpoint.
 
 The text is Austen's Emma where its package is (see austen.py), else this repository's README. ``--small`` takes fewer
-of everything. Ranks are processes over gloo, started by torchrun.
+of everything. Ranks are processes over gloo; torchrun starts the same ones.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import argparse
 import json
 import os
 import shutil
-import signal
+import socket
 import subprocess
 import sys
 import time
@@ -25,7 +25,6 @@ from pretrained import OUT, smollm2
 import moeify
 
 FOLDER = OUT / "expert-parallel"
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 
 
 def converted(experts: int, blocks: str) -> Path:
@@ -49,29 +48,41 @@ def converted(experts: int, blocks: str) -> Path:
     return output
 
 
-def start(ranks: int, *words: object) -> subprocess.Popen[str]:
-    command = [*TORCHRUN, "--nproc-per-node", str(ranks), "-m", "moeify.run", *map(str, words), "--json"]
-    # A session of its own, so that all ranks can be killed at once.
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+def start(ranks: int, *words: object) -> list[subprocess.Popen[str]]:
+    """What ``torchrun --nproc-per-node N -m moeify.run`` starts, each rank in reach of a kill."""
+    command = [sys.executable, "-m", "moeify.run", *map(str, words), "--json"]
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    started = []
+    for rank in range(ranks):
+        told = {"RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        told["OMP_NUM_THREADS"] = max(1, (os.cpu_count() or 1) // ranks)
+        environment = {**os.environ, **{name: str(value) for name, value in told.items()}}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        started.append(subprocess.Popen(command, env=environment, text=True, **pipes))
+    return started
 
 
 def run(ranks: int, *words: object) -> dict[str, Any]:
-    with start(ranks, *words) as started:
-        out, err = started.communicate()
-    if started.returncode:
-        raise SystemExit(err)
-    return json.loads(out)
+    """What the first rank answers."""
+    ended = [(*one.communicate(), one.returncode) for one in start(ranks, *words)]
+    if any(code for *_, code in ended):
+        raise SystemExit("\n".join(err for _, err, _ in ended))
+    return json.loads(ended[0][0])
 
 
 def fails_after(ranks: int, checkpoint: Path, *words: object) -> None:
     """Kill every rank as soon as the checkpoint is there."""
-    with start(ranks, *words) as started:
-        while not checkpoint.exists():
-            if started.poll() is not None:
-                assert started.stderr is not None
-                raise SystemExit(started.stderr.read())
-            time.sleep(0.1)
-        os.killpg(started.pid, signal.SIGKILL)
+    started = start(ranks, *words)
+    while not checkpoint.exists():
+        if any(one.poll() is not None for one in started):
+            raise SystemExit("\n".join(one.communicate()[1] for one in started))
+        time.sleep(0.1)
+    for one in started:
+        one.kill()
+    for one in started:
+        one.communicate()
 
 
 def main() -> None:
