@@ -25,18 +25,16 @@ EXPECT = {
     "smollm2.py": ["LlamaForCausalLM: 30 blocks found, 15 converted", "generation unchanged"],
     "vit.py": ["left dense, not selected by the recipe", "five training steps"],
     "lstm.py": ["relu, 8 experts", "20 training steps"],
-    "expert_parallel.py": [
-        "2 of 30 blocks into 4 experts, top-2",
-        "2 ranks go on with step 3",
-        "the same on any number of ranks, and it goes on after a failure",
-    ],
     "whisper.py": ["gelu, 4 experts", "transcript tokens after"],
 }
-ARGUMENTS = {"smollm2.py": ["--length", "8"], "expert_parallel.py": ["--small"]}
+ARGUMENTS = {"smollm2.py": ["--length", "8"]}
+# Several ranks of a whole model on two cores take minutes even with --small: `make samples` runs it.
+LEFT_TO_MAKE = {"expert_parallel.py"}
+NO_SAMPLES = {"austen.py", "pretrained.py"}
 
 
 def test_every_sample_is_listed() -> None:
-    assert set(EXPECT) == {p.name for p in SAMPLES.glob("*.py")} - {"austen.py", "pretrained.py"}
+    assert set(EXPECT) | LEFT_TO_MAKE == {p.name for p in SAMPLES.glob("*.py")} - NO_SAMPLES
 
 
 @pytest.mark.parametrize("name", EXPECT)
