@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+import moeify.ir.ops  # noqa: F401  (defines torch.ops.moeify)
+
 _moe = torch.ops.moeify
 _UP = ".experts.up"
 _FUSED = (_moe.dispatch_ffn.default,)

@@ -36,3 +36,10 @@ def test_python_dash_m_starts_without_torch_too() -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout == "moeify 0.1.0\n"
     assert "torch" not in done.stderr
+
+
+@pytest.mark.parametrize("command", ["passes", "methods", "routers", "backends"])
+def test_listings_need_nothing_that_another_command_imported(command: str) -> None:
+    done = subprocess.run([sys.executable, "-m", "moeify", command], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
