@@ -7,6 +7,7 @@ everything else is imported when it is first asked for.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ def _is_command() -> bool:
     )
 
 
-if not _is_command():
+# A machine that only runs a compiled library (moeify.backends.tvm.load) may have no torch.
+if not _is_command() and importlib.util.find_spec("torch") is not None:
     importlib.import_module("moeify.ir.ops")  # registers torch.ops.moeify
 
 _EXPORTS = {

@@ -43,3 +43,9 @@ def test_listings_need_nothing_that_another_command_imported(command: str) -> No
     done = subprocess.run([sys.executable, "-m", "moeify", command], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout
+
+
+def test_the_loader_of_compiled_libraries_needs_no_torch() -> None:
+    code = "import sys; sys.modules['torch'] = None; from moeify.backends.tvm import load; print(load.__name__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout == "load\n", done.stderr
