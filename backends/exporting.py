@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
+
 import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import is_concrete_int
@@ -12,6 +15,14 @@ from moeify.ir.program import Program
 
 _aten = torch.ops.aten
 _moe = torch.ops.moeify
+
+
+SYMBOL = re.compile(r"\b[su]\d+\b")  # torch's names of sizes
+
+
+def rename_symbols(text: str, names: Mapping[str, str]) -> str:
+    """A size as text with the user's names in the place of torch's symbols: ``s72*s70`` becomes ``batch*seq``."""
+    return SYMBOL.sub(lambda found: names.get(found[0], found[0]), text)
 
 
 def export(program: Program) -> torch.export.ExportedProgram:

@@ -44,6 +44,8 @@ ARITHMETIC: Cases = {
     "where": lambda m, x: torch.where(x > 0, x, -math.inf),
     "masked": lambda m, x: x.masked_fill(x > 0, -1e9),
     "logic": lambda m, x: [(x > 0) & (x < 1), (x > 0) | (x < -1), ~(x > 0), (x > 0) ^ (x > 1)],
+    "booleans compared": lambda m, x: [(x > 0) == (x > 1), (x > 0) != (x > 1), (x > 0) < (x > 1)],
+    "halves": lambda m, x: torch.round((x * 4).round() + 0.5),
     "small logarithms": lambda m, x: [torch.log1p(x * 1e-6), torch.expm1(x * 1e-6)],
     "decomposed": lambda m, x: [torch.addcmul(x, x, m.v), torch.lerp(x, m.v, 0.3), torch.diff(x, dim=1)],
 }
@@ -57,6 +59,7 @@ ACTIVATIONS: Cases = {
 }
 MOVEMENT: Cases = {
     "views": lambda m, x: [x.view(-1, 2, 4).transpose(1, 2), x.reshape(-1), x.unsqueeze(1), x.flatten()],
+    "written outside": lambda m, x: torch.slice_scatter(x, x[:, :8] * 2, 1, -10),
     "slices": lambda m, x: [x[1:], x[:, -3:], x[:, ::2], x[:, 2], x[-1], x[:, 1:100]],
     "split": lambda m, x: [*x.split(3, 1), *x.chunk(3, 1), *x.unbind(1)],
     "joined": lambda m, x: [torch.cat([x, x[:1]]), torch.stack([x, x], 1), torch.cat([x, m.w])],

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import onnx_ir as ir
 from torch.utils._pytree import TreeSpec
 
+from moeify.backends.exporting import SYMBOL, rename_symbols
 from moeify.ir.program import InputSpec
-
-_SYMBOL = re.compile(r"\b[su]\d+\b")  # torch's names of sizes
 
 
 def name_dimensions(model: ir.Model, inputs: Sequence[InputSpec]) -> None:
@@ -20,7 +18,7 @@ def name_dimensions(model: ir.Model, inputs: Sequence[InputSpec]) -> None:
     for value, spec in zip(model.graph.inputs, inputs, strict=True):
         assert value.shape is not None
         for have, want in zip(value.shape, spec.shape, strict=True):
-            if isinstance(want, str) and isinstance(have, ir.SymbolicDim) and _SYMBOL.fullmatch(str(have.value)):
+            if isinstance(want, str) and isinstance(have, ir.SymbolicDim) and SYMBOL.fullmatch(str(have.value)):
                 names.setdefault(str(have.value), want)
     for value in _values(model):
         if value.shape is not None:
@@ -30,7 +28,7 @@ def name_dimensions(model: ir.Model, inputs: Sequence[InputSpec]) -> None:
 def _renamed(dim: int | ir.SymbolicDim, names: dict[str, str]) -> int | ir.SymbolicDim:
     if isinstance(dim, int) or dim.value is None:
         return dim
-    return ir.SymbolicDim(_SYMBOL.sub(lambda found: names.get(found[0], found[0]), str(dim.value)))
+    return ir.SymbolicDim(rename_symbols(str(dim.value), names))
 
 
 def name_outputs(model: ir.Model, structure: TreeSpec | None, keep: str) -> None:

@@ -11,7 +11,7 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
 from moeify.backends.calls import Call, find_calls
-from moeify.backends.exporting import drop_router_noise, export
+from moeify.backends.exporting import drop_router_noise, export, rename_symbols
 from moeify.backends.tvm.types import dtype_name
 from moeify.ir.program import InputSpec, Program
 
@@ -94,7 +94,4 @@ def _symbols(origin: Source) -> dict[str, str]:
 def _size(size: Any, names: dict[str, str]) -> int | str:
     if is_concrete_int(size):
         return int(size)
-    text = str(size)
-    for symbol in sorted(names, key=len, reverse=True):
-        text = text.replace(symbol, names[symbol])
-    return text
+    return rename_symbols(str(size), names)

@@ -105,6 +105,7 @@ def export(
 def _configured(kind: type[Deployment], given: dict[str, Any]) -> Deployment:
     from moeify.errors import BadOption
 
-    for name in given.keys() - kind.options():
-        raise BadOption(f"--{name.replace('_', '-')} is no option of the {kind.name} backend")
+    for name in given:
+        if name not in kind.options():
+            raise BadOption(f"--{name.replace('_', '-')} is no option of the {kind.name} backend")
     return kind(**given)

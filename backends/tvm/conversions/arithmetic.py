@@ -179,7 +179,7 @@ _COMPARISONS = {
 TABLE: dict[Any, Convert] = {
     **{op: _unary(of) for op, of in _UNARY.items()},
     **{
-        getattr(getattr(_aten, n), kind): _binary(of) for n, of in _COMPARISONS.items() for kind in ("Tensor", "Scalar")
+        getattr(getattr(_aten, n), kind): compare(of) for n, of in _COMPARISONS.items() for kind in ("Tensor", "Scalar")
     },
     _aten.add.Tensor: _add(_op.add),
     _aten.add.Scalar: _add(_op.add),

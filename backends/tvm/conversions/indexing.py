@@ -9,6 +9,7 @@ import torch
 from torch import fx
 from tvm import relax, te, tirx
 
+from moeify.backends.tvm.conversions.slices import bound
 from moeify.backends.tvm.conversions.translation import Convert, Translation
 
 _aten = torch.ops.aten
@@ -93,9 +94,7 @@ def _slice_scatter(t: Translation, node: fx.Node, args: Mapping[str, Any]) -> An
     value = args["self"].meta["val"]
     dim, step = args["dim"] % value.dim(), args["step"]
     size = t.size(value.shape[dim])
-    start = t.size(args["start"] or 0)
-    if isinstance(start, int) and start < 0:
-        start = t.symbols.simplify(size + start)
+    start = bound(t, args["start"], size, 0)
 
     def put(data: te.Tensor, src: te.Tensor, begin: Any) -> te.Tensor:
         def element(*i: Any) -> Any:

@@ -61,7 +61,7 @@ def _place(op: Callable[..., Any]) -> Convert:
     def convert(t: Translation, node: fx.Node, args: Mapping[str, Any]) -> Any:
         x = t.tensor(args["self"])
         if args["dim"] is None:
-            return t.emit(op(t.emit(_op.reshape(x, (-1,))), 0, keepdims=False))
+            return t.reshape(t.emit(op(t.emit(_op.reshape(x, (-1,))), 0, keepdims=False)), t.shape(node))
         return t.emit(op(x, _axes(args)[0], keepdims=bool(args["keepdim"])))
 
     return convert
@@ -129,6 +129,8 @@ def _log_softmax(t: Translation, node: fx.Node, args: Mapping[str, Any]) -> Any:
 def _log_sum_exp(t: Translation, node: fx.Node, args: Mapping[str, Any]) -> Any:
     x, axes, keep = t.tensor(args["self"]), _axes(args), bool(args["keepdim"])
     top = t.emit(_op.max(x, axes, keepdims=True))
+    infinite = t.emit(_op.isinf(top))  # inf less inf would be no number
+    top = t.emit(_op.where(infinite, t.tensor(0.0, node.meta["val"].dtype), top))
     total = t.emit(_op.sum(t.emit(_op.exp(t.emit(_op.subtract(x, top)))), axes, keepdims=True))
     result = t.emit(_op.add(t.emit(_op.log(total)), top))
     return result if keep else t.reshape(result, t.shape(node))

@@ -19,11 +19,11 @@ _op = relax.op
 def _slice(t: Translation, node: fx.Node, args: Mapping[str, Any]) -> Any:
     dim, step = args["dim"] % _rank(args), args["step"]
     size = t.size(args["self"].meta["val"].shape[dim])
-    start = _bound(t, args["start"], size, 0)
+    start = bound(t, args["start"], size, 0)
     return sliced(t, t.tensor(args["self"]), dim, start, t.shape(node)[dim], step)
 
 
-def _bound(t: Translation, value: Any, size: Any, default: Any) -> Any:
+def bound(t: Translation, value: Any, size: Any, default: Any) -> Any:
     """Where a slice begins: negative values count from the end, and what is outside is moved to the edge."""
     if value is None:
         return default

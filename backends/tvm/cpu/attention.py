@@ -17,10 +17,10 @@ from tvm.script.ir_builder import tirx as T
 from moeify.backends.tvm.cpu.mathematics import exp
 from moeify.backends.tvm.cpu.matmul import write
 from moeify.backends.tvm.cpu.rowwise import Lanes, add, each, vectors
-from moeify.backends.tvm.cpu.sizes import in_kernel, made_by, same_size, spelled
 from moeify.backends.tvm.cpu.tiles import Sums, few_row_tiles, share, shares
 from moeify.backends.tvm.emitter import Emitter, dtype_of, shape_of
 from moeify.backends.tvm.machine import Machine, Tile
+from moeify.backends.tvm.sizes import in_kernel, made_by, same_size, spelled
 from moeify.backends.tvm.types import tensor_type
 
 _ZERO = tirx.const(0.0, "float32")

@@ -9,10 +9,10 @@ from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
-from moeify.backends.tvm.cpu.sizes import in_kernel, same_size, spelled
 from moeify.backends.tvm.cpu.tiles import Sums, row_tiles
 from moeify.backends.tvm.emitter import Emitter, dtype_of, shape_of
 from moeify.backends.tvm.machine import Tile
+from moeify.backends.tvm.sizes import broadcast, in_kernel, same_size, spelled
 from moeify.backends.tvm.types import tensor_type
 
 
@@ -21,7 +21,7 @@ def matmul(emitter: Emitter, a: Any, b: Any) -> Any:
     left, right = shape_of(a), shape_of(b)
     if dtype_of(a) != "float32" or dtype_of(b) != "float32" or min(len(left), len(right)) < 2:
         return None
-    leading = _broadcast(left[:-2], right[:-2])
+    leading = broadcast(left[:-2], right[:-2])
     if leading is None or not same_size(left[-1], right[-2]):
         return None
     out = [*leading, left[-2], right[-1]]
@@ -29,19 +29,6 @@ def matmul(emitter: Emitter, a: Any, b: Any) -> Any:
     name = f"matmul_{spelled(left)}_{spelled(right)}"
     kernel = emitter.kernel(name, lambda: make(left, right, out, tile))
     return emitter.call(kernel, [a, b], tensor_type(out, "float32"))
-
-
-def _broadcast(a: list[Any], b: list[Any]) -> list[Any] | None:
-    longer, shorter = (a, b) if len(a) >= len(b) else (b, a)
-    out = list(longer[: len(longer) - len(shorter)])
-    for p, q in zip(longer[len(out) :], shorter, strict=True):
-        if q == 1 or same_size(p, q):
-            out.append(p)
-        elif p == 1:
-            out.append(q)
-        else:
-            return None
-    return out
 
 
 def make(left: list[Any], right: list[Any], out: list[Any], tile: Tile) -> tirx.PrimFunc:

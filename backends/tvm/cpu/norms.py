@@ -9,8 +9,8 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
 from moeify.backends.tvm.cpu.rowwise import Lanes, add, each, vectors
-from moeify.backends.tvm.cpu.sizes import made_by, same
 from moeify.backends.tvm.emitter import Emitter, dtype_of, rows, shape_of
+from moeify.backends.tvm.sizes import made_by, same
 from moeify.backends.tvm.types import tensor_type
 
 

@@ -31,6 +31,9 @@ def topk(emitter: Emitter, scores: Any, k: int) -> Any:
 
 def route(emitter: Emitter, logits: Any, k: int) -> Any:
     """``(probabilities [T, k], indices [T, k] int64)``: of the probabilities, so that ties are the program's."""
+    experts = shape_of(logits)[1]
+    if dtype_of(logits) not in DTYPES or not isinstance(experts, int) or experts > _MOST:
+        return None
     return topk(emitter, softmax(emitter, logits), k)
 
 

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import tvm
 from tvm import relax
 
 from moeify.backends.tvm.cuda.activations import TABLE
@@ -19,6 +18,7 @@ from moeify.backends.tvm.cuda.building import DTYPES
 from moeify.backends.tvm.cuda.matmul import Dense, make_dense
 from moeify.backends.tvm.emitter import Emitter, dtype_of, rows, shape_of
 from moeify.backends.tvm.families import Lower
+from moeify.backends.tvm.sizes import broadcast, same
 from moeify.backends.tvm.types import dtype_name, tensor_type
 
 
@@ -49,8 +49,10 @@ def matmul(emitter: Emitter, a: Any, b: Any) -> Any:
     share = 1
     if not others:
         share = 0
-    elif not _same(outer, others):
-        result = _broadcast(outer, others)
+    elif not same(outer, others):
+        result = broadcast(outer, others)
+        if result is None:
+            return None
         a = emitter.emit(relax.op.broadcast_to(a, (*result, m, k)))
         b = emitter.emit(relax.op.broadcast_to(b, (*result, k, n)))
         outer = result
@@ -80,6 +82,12 @@ def attention(emitter: Emitter, q: Any, k: Any, v: Any, mask: Any | None, causal
     kernel = emitter.kernel(name, lambda: make_scores(spec, H, causal, scale, masked))
     scores = emitter.call(kernel, arrays, tensor_type((B * H, S, L), "float32"))
     weights = emitter.emit(relax.op.nn.softmax(scores, -1))
+    if masked is not None:
+        # A query that sees no key gives zeros, as in torch; its softmax is no number. TVM's maximum of nothing but
+        # -inf is the smallest float.
+        top = emitter.emit(relax.op.max(scores, -1, keepdims=True))
+        unseen = emitter.emit(relax.op.less_equal(top, relax.const(np.finfo(np.float32).min)))
+        weights = emitter.emit(relax.op.where(unseen, relax.const(np.float32(0)), weights))
     if dtype != "float32":
         weights = emitter.emit(relax.op.astype(weights, dtype))
     second = Dense(_fixed(S), _fixed(dv), _fixed(L), dtype, dtype, by_rows=False, share=share)
@@ -159,23 +167,6 @@ def _total(sizes: list[Any]) -> Any:
     for size in sizes:
         total = total * size
     return total
-
-
-def _equal(a: Any, b: Any) -> bool:
-    if isinstance(a, int) and isinstance(b, int):
-        return a == b
-    return bool(tvm.arith.Analyzer().can_prove_equal(a, b))
-
-
-def _same(a: list[Any], b: list[Any]) -> bool:
-    return len(a) == len(b) and all(_equal(x, y) for x, y in zip(a, b))
-
-
-def _broadcast(a: list[Any], b: list[Any]) -> list[Any]:
-    """The common leading sizes of two operands, where one that is not 1 wins."""
-    length = max(len(a), len(b))
-    a, b = [1] * (length - len(a)) + a, [1] * (length - len(b)) + b
-    return [y if _one(x) else x for x, y in zip(a, b)]
 
 
 DENSE: Mapping[str, Lower] = {

@@ -24,6 +24,20 @@ def same_size(a: Any, b: Any) -> bool:
     return bool(tvm.sym.Analyzer().can_prove_equal(a, b))
 
 
+def broadcast(a: list[Any], b: list[Any]) -> list[Any] | None:
+    """The common leading sizes of two operands; None where they do not fit or cannot be proved to."""
+    longer, shorter = (a, b) if len(a) >= len(b) else (b, a)
+    out = list(longer[: len(longer) - len(shorter)])
+    for p, q in zip(longer[len(out) :], shorter, strict=True):
+        if q == 1 or same_size(p, q):
+            out.append(p)
+        elif p == 1:
+            out.append(q)
+        else:
+            return None
+    return out
+
+
 def in_kernel(sizes: Sequence[Any]) -> list[Any]:
     """The sizes as a kernel declares them: numbers as they are, a fresh variable for each of the others."""
     return [size if isinstance(size, int) else T.int64() for size in sizes]
