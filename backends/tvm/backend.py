@@ -29,7 +29,6 @@ if TYPE_CHECKING:  # tvm is imported when it is used: `moeify backends` works wi
 TUNED, REFERENCE = "tuned", "reference"
 LOWERINGS = (TUNED, REFERENCE)
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-FORMAT = 1
 _KERNELS = "fused kernels in TIR: dispatch, grouped product with activation, grouped product with weighted sum"
 _GROUPED = "kernels in TIR: permutation, grouped products"
 _ALONE = "TVM's all-to-all is not implemented, so a program compiled by it runs in one process"
@@ -147,26 +146,34 @@ class Tvm(Deployment):
 
     @contextmanager
     def lower(self, source: Source, chosen: Machine, path: Path, forced: Mapping[str, str]) -> Iterator[TvmFolder]:
-        from moeify.backends.tvm import artefact, host, importing, linking
-        from moeify.backends.tvm.lowering import inputs_json, outputs_json, ranges_json
+        from moeify.backends.tvm import artefact
 
         with artefact.staged(path) as stage:
-            imported = importing.import_graph(source.module, source.inputs, chosen, self.families(chosen.kind))
-            header = {
-                "format": FORMAT,
-                "inputs": inputs_json(source.inputs),
-                "outputs": outputs_json(source),
-                "ranges": ranges_json(source),
-                "weights": [weight.name for weight in imported.weights],
-                "target": chosen.text,
-                "device": chosen.kind,
-                "needs": {PACKAGE: require()},
-                "cpu_flags": host.flags_of(chosen.target),
-            }
-            link = linking.linker(chosen)
-            executable, notes = compiled(imported, chosen)
-            stage.write(executable, imported.weights, header, fcompile=link)
+            imported, notes = self.build(source, chosen, stage)
             yield TvmFolder(self, source, imported, chosen, stage, notes)
+
+    def build(self, source: Source, chosen: Machine, stage: Stage) -> tuple[Imported, list[str]]:
+        """Import, compile and link into the staging folder; what there is to say of the kernels."""
+        from moeify.backends.tvm import host, importing, linking
+        from moeify.backends.tvm.header import FORMAT
+        from moeify.backends.tvm.lowering import inputs_json, outputs_json, ranges_json
+
+        link = linking.linker(chosen)
+        imported = importing.import_graph(source.module, source.inputs, chosen, self.families(chosen.kind))
+        header = {
+            "format": FORMAT,
+            "inputs": inputs_json(source.inputs),
+            "outputs": outputs_json(source),
+            "ranges": ranges_json(source),
+            "weights": [weight.name for weight in imported.weights],
+            "target": chosen.text,
+            "device": chosen.kind,
+            "needs": {PACKAGE: require()},
+            "cpu_flags": host.flags_of(chosen.target),
+        }
+        executable, notes = compiled(imported, chosen)
+        stage.write(executable, imported.weights, header, fcompile=link)
+        return imported, notes
 
     def choice(self, call: Call, chosen: Machine) -> Choice:
         """What a call is lowered to, for the report."""

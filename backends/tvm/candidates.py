@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from moeify.backends.tvm import artefact, packages
-from moeify.backends.tvm.backend import Tvm, compiled
+from moeify.backends.tvm.backend import Tvm
 from moeify.backends.tvm.loader import Compiled, load
 from moeify.ir.program import Program
 
@@ -37,23 +37,11 @@ class Libraries:
         TVM or a compiler to link with.
         """
         packages.require()
-        from moeify.backends.tvm import importing, linking
-        from moeify.backends.tvm.lowering import inputs_json, outputs_json, source
+        from moeify.backends.tvm.lowering import source
 
-        backend, exported = Tvm(), source(program)
-        machine = backend.machine()
-        imported = importing.import_graph(exported.module, exported.inputs, machine, backend.families(machine.kind))
-        header = {
-            "format": 1,
-            "inputs": inputs_json(exported.inputs),
-            "outputs": outputs_json(exported),
-            "weights": [weight.name for weight in imported.weights],
-            "target": machine.text,
-            "device": machine.kind,
-            "needs": {packages.PACKAGE: packages.require()},
-        }
+        backend = Tvm()
         with artefact.staged(Path(self._folder.name, name)) as stage:
-            stage.write(compiled(imported, machine)[0], imported.weights, header, fcompile=linking.linker(machine))
+            backend.build(source(program), backend.machine(), stage)
             stage.finish({})
         self._open[name] = load(Path(self._folder.name, name), threads=self.threads)
 

@@ -18,7 +18,7 @@ from moeify.backends.tvm.conversions.constants import Constants
 from moeify.backends.tvm.conversions.decompose import decompose
 from moeify.backends.tvm.conversions.functionalize import functionalize
 from moeify.backends.tvm.conversions.table import CONVERSIONS
-from moeify.backends.tvm.conversions.translation import Translation, arguments
+from moeify.backends.tvm.conversions.translation import Translation
 from moeify.backends.tvm.emitter import Emitter
 from moeify.backends.tvm.families import Families
 from moeify.backends.tvm.machine import Machine
@@ -26,6 +26,7 @@ from moeify.backends.tvm.shapes import Symbols
 from moeify.backends.tvm.types import tensor_type
 from moeify.backends.tvm.weights import Weights
 from moeify.errors import Refused
+from moeify.ir.emit import arguments
 from moeify.ir.program import InputSpec
 from moeify.ir.where import module_path
 

@@ -46,7 +46,9 @@ class Machine:
         """As a person would write it."""
         if self.kind == "cuda":
             return f"cuda {self.arch}"
-        return f"llvm -mtriple={self.target.attrs['mtriple']} -mcpu={self.target.attrs['mcpu']}"
+        attributes = self.target.attrs
+        more = f" -mattr={','.join(map(str, attributes['mattr']))}" if "mattr" in attributes else ""
+        return f"llvm -mtriple={attributes['mtriple']} -mcpu={attributes['mcpu']}{more}"
 
 
 def machine(target: str = "cpu", arch: str = "") -> Machine:

@@ -39,9 +39,10 @@ def use(threads: int | None) -> None:
         return
     tvm.get_global_func("runtime.config_threadpool")(_ANY_CORE, threads or 0)
     have = tvm.runtime.num_threads()
+    _mine.threads = threads
     if threads is not None and have < threads:
+        _mine.threads = have  # what the pool is set to now
         raise RuntimeUnavailable(
             f"TVM runs on {have} threads in this process, and {threads} were asked for",
             hint=f"start it with TVM_NUM_THREADS={threads}",
         )
-    _mine.threads = threads

@@ -39,7 +39,7 @@ class Weights:
     def plain(self, name: str) -> Any:
         """The parameter as it is in the program, as a relax.Var."""
         tensor = self.source(name)
-        return self.packed(name, "", tuple(tensor.shape), tensor.dtype, lambda: tensor)
+        return self.packed(name, "", tuple(tensor.shape), tensor.dtype, lambda: self.source(name))
 
     def packed(self, name: str, layout: str, shape: tuple[int, ...], dtype: torch.dtype, make: Make) -> Any:
         """The parameter ``name`` in another ``layout`` (a few letters that tell layouts apart), as a relax.Var.

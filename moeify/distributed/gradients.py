@@ -81,9 +81,11 @@ def _present(groups: Groups, trained: Mapping[str, nn.Parameter], experts: froze
     """The parameters that have a gradient on some rank, in order.
 
     A rank's own tokens alone make its dense gradients, so these show whose data was not finite; that travels along.
+    Where experts alone are trained, theirs show that something was not, if not whose.
     """
     dense = [p.grad for name, p in trained.items() if name not in experts and p.grad is not None]
-    finite = all(bool(torch.isfinite(grad).all()) for grad in dense)
+    shown = dense or [p.grad for p in trained.values() if p.grad is not None]
+    finite = all(bool(torch.isfinite(grad).all()) for grad in shown)
     flags = [float(rank == groups.rank and not finite) for rank in groups.ranks]
     flags += [float(p.grad is not None) for p in trained.values()]
     device = next((p.device for p in trained.values()), torch.device("cpu"))

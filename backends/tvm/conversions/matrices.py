@@ -11,8 +11,9 @@ from tvm import relax
 
 from moeify.backends.tvm.conversions.activations import named
 from moeify.backends.tvm.conversions.movement import permuted
-from moeify.backends.tvm.conversions.translation import Convert, Translation, arguments
+from moeify.backends.tvm.conversions.translation import Convert, Translation
 from moeify.backends.tvm.emitter import dtype_of, shape_of
+from moeify.ir.emit import arguments
 
 _aten = torch.ops.aten
 _op = relax.op

@@ -9,8 +9,9 @@ import torch
 from torch import fx
 from tvm import relax
 
-from moeify.backends.tvm.conversions.translation import Convert, Translation, arguments
+from moeify.backends.tvm.conversions.translation import Convert, Translation
 from moeify.backends.tvm.emitter import rows, shape_of
+from moeify.ir.emit import arguments
 
 _aten = torch.ops.aten
 _op = relax.op

@@ -20,17 +20,6 @@ Convert = Callable[["Translation", fx.Node, Mapping[str, Any]], Any]
 a list of them for an operator with many, or NotImplemented for a case that it does not take."""
 
 
-def arguments(node: fx.Node) -> dict[str, Any]:
-    """The arguments of a call by their names in the operator's schema, with its defaults."""
-    result = {}
-    for place, argument in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
-        if place < len(node.args):
-            result[argument.name] = node.args[place]
-        else:
-            result[argument.name] = node.kwargs.get(argument.name, argument.default_value)
-    return result
-
-
 class Translation:
     """One graph being translated."""
 
