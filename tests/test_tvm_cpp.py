@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -66,6 +67,10 @@ def test_what_it_refuses(run: Path, out: Path, tmp_path: Path) -> None:
         "missing": ({"x": x}, "the input mask is missing"),
         "type": ({"x": x.double(), "mask": mask}, "the input x has another type than the program takes"),
         "shape": ({"x": x, "mask": mask[:2]}, "shape[0] mismatch"),
+        "range": (
+            {"x": torch.randn(101, 8), "mask": torch.ones(101, dtype=torch.bool)},
+            "rows is 101 in x: the program was compiled for 0 to 100",
+        ),
     }
     for name, (inputs, text) in cases.items():
         save_file(inputs, tmp_path / name)
@@ -77,3 +82,12 @@ def test_what_it_refuses(run: Path, out: Path, tmp_path: Path) -> None:
         done = start(run, out, file, tmp_path / "result")
         assert (done.returncode, text in done.stderr) == (1, True)
     assert not (tmp_path / "result").exists()
+
+
+def test_another_processor(run: Path, out: Path, tmp_path: Path) -> None:
+    shutil.copytree(out, tmp_path / "other")
+    header = json.loads((out / "moeify.json").read_text())
+    header["cpu_flags"] = ["sse9"]
+    (tmp_path / "other" / "moeify.json").write_text(json.dumps(header))
+    done = start(run, tmp_path / "other", tmp_path / "in", tmp_path / "result")
+    assert (done.returncode, done.stderr) == (1, "error: the program was compiled for a processor with sse9\n")

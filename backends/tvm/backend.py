@@ -192,10 +192,11 @@ def compiled(imported: Imported, chosen: Machine) -> tuple[Any, list[str]]:
         from moeify.backends.tvm.cuda import pipeline as cuda
 
         built = cuda.build(imported.mod, chosen)
-        most = {what: max(getattr(kernel, what) for kernel in built.kernels) for what in ("registers", "shared")}
+        registers = max(kernel.registers for kernel in built.kernels)
+        shared = max(kernel.shared + kernel.asked for kernel in built.kernels)
         note = (
-            f"{len(built.kernels)} CUDA kernels compiled for {chosen.arch}: at most {most['registers']} registers a "
-            f"thread and {most['shared']} bytes of shared memory a block, by the compiler's report"
+            f"{len(built.kernels)} CUDA kernels compiled for {chosen.arch}: at most {registers} registers a "
+            f"thread by the compiler's report, and {shared} bytes of shared memory a block"
         )
         return built.executable, [note]
     from moeify.backends.tvm.cpu import pipeline as cpu

@@ -31,7 +31,7 @@ class Compiled:
 
 
 def find_nvcc() -> Path:
-    """nvcc on PATH, or of CUDA_HOME or CUDA_PATH. Raises RuntimeUnavailable."""
+    """nvcc of CUDA_HOME or CUDA_PATH, else the one on PATH. Raises RuntimeUnavailable."""
     for variable in ("CUDA_HOME", "CUDA_PATH"):
         home = os.environ.get(variable)
         if home and (Path(home) / "bin" / "nvcc").is_file():

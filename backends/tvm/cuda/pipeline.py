@@ -14,7 +14,7 @@ from tvm.s_tir import dlight
 
 from moeify.backends.tvm.cuda.driver import load_runtime
 from moeify.backends.tvm.cuda.nvcc import compile_cuda, find_nvcc
-from moeify.backends.tvm.cuda.resources import Kernel, over_limits, read_report
+from moeify.backends.tvm.cuda.resources import Kernel, asked_for, over_limits, read_report
 from moeify.backends.tvm.cuda.tensor_cores import use_tensor_cores
 from moeify.backends.tvm.machine import Machine
 from moeify.errors import Refused
@@ -44,8 +44,9 @@ def build(mod: tvm.IRModule, machine: Machine) -> Built:
     done: list[tuple[str, str]] = []
     with _nvcc(machine.arch, done), machine.target:
         executable = relax.build(_scheduled(mod), target=machine.target, relax_pipeline=None)
-    kernels = [kernel for source, report in done for kernel in read_report(report, source)]
-    wrong = over_limits(kernels)
+    asked = asked_for(mod)
+    kernels = [kernel for source, report in done for kernel in read_report(report, source, asked)]
+    wrong = over_limits(kernels, machine.arch)
     if wrong:
         raise Refused(
             f"{len(wrong)} kernels do not fit {machine.arch}: {'; '.join(wrong[:3])}",

@@ -12,7 +12,7 @@ FRAGMENT = 16  # rows, columns and depth of one tensor-core instruction (wmma m1
 class BlockTile:
     """``rows`` x ``columns`` sums of one thread block, which reads ``depth`` of the inner axis at a time.
 
-    ``tensor_cores``: each of ``warps`` warps holds ``warp_rows`` x ``warp_columns`` of the sums in fragments. Otherwise
+    ``tensor_cores``: each of ``warps`` warps holds ``part_rows`` x ``part_columns`` of the sums in fragments. Otherwise
     each thread holds that many in registers.
     """
 
@@ -38,14 +38,6 @@ class BlockTile:
     def across(self) -> int:
         """Parts side by side."""
         return self.columns // self.part_columns
-
-    def shared_bytes(self, dtype: str) -> int:
-        """An upper bound of the shared memory of a block: both operands with their padding, and the sums beside."""
-        size = {"float32": 4, "float16": 2}[dtype]
-        if not self.tensor_cores:
-            return size * self.depth * (self.rows + self.columns + 2 * 8)
-        operands = size * (self.rows + self.columns) * (self.depth + 8)
-        return operands + 4 * self.rows * (self.columns + 4)
 
 
 # 2 x 2 fragments of float32 sums are 32 registers of each thread. With 4 warps of twice as many, registers spill.
