@@ -34,16 +34,16 @@ BAR = 0.70
 INPUTS = ["input_ids=int64[batch=2,seq=16]"]
 
 
-def bert(intermediate: int) -> BertModel:
+def bert(intermediate: int, layers: int = LAYERS) -> BertModel:
     config = BertConfig(
-        vocab_size=1000, hidden_size=D, num_hidden_layers=LAYERS, num_attention_heads=12, intermediate_size=intermediate
+        vocab_size=1000, hidden_size=D, num_hidden_layers=layers, num_attention_heads=12, intermediate_size=intermediate
     )
     return BertModel(config, add_pooling_layer=False).eval()
 
 
-def sparse(folder: Path) -> Program:
+def sparse(folder: Path, layers: int = LAYERS) -> Program:
     """Converted as a user does."""
-    torch.save(bert(D_EXPERT), folder / "dense.pt")
+    torch.save(bert(D_EXPERT, layers), folder / "dense.pt")
     recipe = moeify.Recipe(method="copy", experts=EXPERTS, top_k=TOP_K)
     moeify.convert_file(folder / "dense.pt", folder / "moe.pt2", recipe, inputs=INPUTS, allow=["transformers"])
     return read_graph(folder / "moe.pt2")[0]

@@ -19,6 +19,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # torch's threads spin after a call, in the way of the others
+
 import torch
 import tvm
 from rich.console import Console
@@ -29,6 +31,7 @@ from bench.bench_onnx import D_FF, D
 from moeify.backends.onnxruntime import contrib, cost, dense, measure, split
 from moeify.backends.onnxruntime.mixture import ROLES, Mixture
 from moeify.backends.roofline import Shape
+from moeify.backends.tvm import threads
 from moeify.backends.tvm.cpu import pipeline
 from moeify.backends.tvm.cpu.table import table
 from moeify.backends.tvm.emitter import Emitter
@@ -106,7 +109,8 @@ def sweep(name: str, peaks: tuple[float, float]) -> list[Row]:
 
 
 def main() -> int:
-    os.environ["TVM_NUM_THREADS"] = str(THREADS)  # read once, when TVM's threads start
+    threads.prepare()
+    threads.use(THREADS)
     torch.set_num_threads(THREADS)
     peaks = measure.peak_flops(), measure.peak_bandwidth()
     rows = [row for name in GRID for row in sweep(name, peaks)]

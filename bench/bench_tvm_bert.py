@@ -1,7 +1,7 @@
 """The BERT of bench_bert, sparse, as a library of TVM against ONNX Runtime on the CPU, 2 threads, float32.
 
-Bar: TVM takes at most 1.2 x the time of the faster lowering to ONNX Runtime; compiling takes at most 90 s (a model of
-12 layers has the same kernels: its bar is 3 minutes).
+Bars: TVM takes at most 1.2 x the time of the faster lowering to ONNX Runtime; compiling the same model with 12 layers
+takes at most 3 minutes.
 """
 
 from __future__ import annotations
@@ -16,9 +16,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-# Read once, when the libraries start: TVM's own default is half the cores of a machine without hyperthreads, and
-# torch's threads would spin beside the kernels of others.
-os.environ.setdefault("TVM_NUM_THREADS", "2")
+# Read once, when torch starts: its threads would spin beside the kernels of others.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
@@ -29,6 +27,7 @@ from tvm import relax
 
 from bench.bench_bert import LAYERS, THREADS, TOKENS, sparse
 from moeify.backends.onnxruntime import candidates, measure
+from moeify.backends.tvm import threads
 from moeify.backends.tvm.cpu import pipeline
 from moeify.backends.tvm.cpu.table import table
 from moeify.backends.tvm.importing import import_graph
@@ -37,7 +36,8 @@ from moeify.backends.tvm.machine import machine
 from moeify.ir.program import Program
 
 ROUNDS = 25
-BAR, COMPILE_BAR = 1.2, 90.0
+DEEPER = 12
+BAR, COMPILE_BAR = 1.2, 180.0
 TVM = "tvm"
 
 
@@ -64,7 +64,10 @@ def main() -> int:
     torch.set_num_threads(THREADS)
     with tempfile.TemporaryDirectory() as folder, measure.Sessions(THREADS) as sessions:
         program = sparse(Path(folder))
+        threads.prepare()
+        threads.use(THREADS)
         compiled = Compiled(program)
+        compile_seconds = Compiled(sparse(Path(folder), DEEPER)).seconds
         models, _ = candidates.lowered(program)
         runner = candidates.Runner(models, sessions)
         ids = torch.randint(1000, (1, TOKENS))
@@ -79,9 +82,9 @@ def main() -> int:
         "best": best,
         "over_best": over,
         "bar": BAR,
-        "compile_s": round(compiled.seconds, 1),
+        "compile_s": round(compile_seconds, 1),
         "compile_bar_s": COMPILE_BAR,
-        "held": over <= BAR and compiled.seconds <= COMPILE_BAR,
+        "held": over <= BAR and compile_seconds <= COMPILE_BAR,
     }
     if "--json" in sys.argv:
         print(json.dumps(result))
@@ -100,7 +103,7 @@ def show(result: dict[str, Any]) -> None:
     verdict = "held" if result["held"] else "MISSED"
     Console().print(
         f"tvm: {result['over_best']} x {result['best']} (bar {BAR}), "
-        f"compiled in {result['compile_s']} s (bar {COMPILE_BAR:.0f} s): {verdict}"
+        f"{DEEPER} layers compiled in {result['compile_s']} s (bar {COMPILE_BAR:.0f} s): {verdict}"
     )
 
 

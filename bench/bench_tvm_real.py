@@ -1,5 +1,5 @@
-"""Real pretrained models to TVM: all-MiniLM-L6-v2 and NanoGuard, copied and split, and SmolLM2-135M with 4 experts in
-each of its 30 blocks.
+"""Real pretrained models to TVM: all-MiniLM-L6-v2 and NanoGuard, copied and split, and SmolLM2-135M with every one
+of its 30 blocks copied or split.
 
 Bars: every block and the whole model within 1e-4 of the Program in float32, on real text; SmolLM2's next token equal on
 ten prompts, and its greedy continuations. Compilation of each is timed: the bar of 3 minutes is for 12 layers.
@@ -84,6 +84,7 @@ CASES: list[tuple[str, str, Callable[[Path, list[str]], tuple[Path, dict[str, An
     ("nanoguard", "copied 8 top-2", nanoguard, COPIED),
     ("nanoguard", "split 16 top-4", nanoguard, SPLIT),
     ("smollm2", "copied 4 top-2", smollm2, ["--experts", "4"]),
+    ("smollm2", "split 8 top-4", smollm2, ["--method", "granular", "--experts", "8", "--top-k", "4"]),
 ]
 
 

@@ -99,6 +99,16 @@ def test_the_options_reach_the_backend(called: dict[str, Any]):
     )
 
 
+def test_the_options_of_tvm_reach_it(called: dict[str, Any]):
+    flags = ["--to", "tvm", "--target", "llvm -mcpu=znver3", "--expert-dtype", "bfloat16", "--threads", "2"]
+    assert main(["export", "moe.pt2", *flags]) == 0
+    backend = called["backend"]
+    assert (backend.name, backend.target, backend.expert_dtype) == ("tvm", "llvm -mcpu=znver3", "bfloat16")
+    assert main(["export", "moe.pt2", "--to", "tvm", "--target", "cuda", "--arch", "sm_80", "--dtype", "float16"]) == 0
+    backend = called["backend"]
+    assert (backend.arch, backend.dtype, backend.precision) == ("sm_80", "float16", "float16")
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "what"),
     [
@@ -106,6 +116,9 @@ def test_the_options_reach_the_backend(called: dict[str, Any]):
         (["--to", "pt2"], 2, "moe.pt2 is a pt2 already"),
         (["--target", "tpu"], 2, "there is no target 'tpu'"),
         (["--bits", "8"], 2, "quantised experts need the cuda target"),
+        (["--to", "tvm", "--bits", "8"], 2, "--bits is no option of the tvm backend"),
+        (["--arch", "sm_90"], 2, "--arch is no option of the onnxruntime backend"),
+        (["--to", "tvm", "--dtype", "float16"], 2, "float16 needs the cuda target"),
     ],
 )
 def test_bad_usage(

@@ -17,18 +17,7 @@ from moeify.backends.tvm.cuda.resources import Kernel, over_limits
 from moeify.backends.tvm.cuda.table import table
 from moeify.backends.tvm.families import Experts
 from moeify.errors import Refused, RuntimeUnavailable
-from tests.tvm_cuda import cuda_machine, module
-
-
-def _has_nvcc() -> bool:
-    try:
-        nvcc.find_nvcc()
-    except RuntimeUnavailable:
-        return False
-    return True
-
-
-needs_nvcc = pytest.mark.skipif(not _has_nvcc(), reason="nvcc, which the CUDA target is compiled with, is not here")
+from tests.tvm_cuda import cuda_machine, module, needs_nvcc
 
 SPEC = Experts("up", "gate", "down", "up_bias", None, "down_bias", "silu", 4, 64, 96, 64)
 

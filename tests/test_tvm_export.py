@@ -15,14 +15,16 @@ from torch import fx, nn
 import moeify
 from moeify.api.export import export_file
 from moeify.api.load import read_graph
+from moeify.backends.tvm import backend as tvm_backend
 from moeify.backends.tvm import load
 from moeify.backends.tvm.backend import Tvm
 from moeify.backends.tvm.lowering import ranges_json, source
 from moeify.backends.tvm.machine import machine
-from moeify.errors import BadOption, OutputNotWritten, Refused, UsageError, VerificationFailed
+from moeify.errors import BadOption, OutputNotWritten, Refused, RuntimeUnavailable, UsageError, VerificationFailed
 from moeify.frontend import capture
 from moeify.ir.program import Program
 from moeify.ir.recipe import Recipe
+from tests.tvm_cuda import needs_nvcc
 
 FILES = {"lib.so", "params.safetensors", "moeify.json"}
 BAD = [
@@ -204,7 +206,7 @@ def test_a_dimension_that_the_program_bounds_is_bounded_in_the_library(tmp_path:
     assert ranges_json(source(program)) == {"seq": [0, 12]}
 
 
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="the CUDA compiler nvcc is not on PATH")
+@needs_nvcc
 def test_a_library_for_a_gpu_says_what_was_and_was_not_run(moe: Path, tmp_path: Path):
     report = export_file(moe, tmp_path / "out", Tvm(target="cuda", arch="sm_90", dtype="float16"))
     assert json.loads((tmp_path / "out" / "moeify.json").read_text())["target"] == "cuda sm_90"
@@ -213,3 +215,20 @@ def test_a_library_for_a_gpu_says_what_was_and_was_not_run(moe: Path, tmp_path: 
         assert report.verified_on == "this machine's CPU, compiled for it from the same TIR (no GPU is here)"
     # A unit in the last place of float16 is 1e-3; a sum of 32 of them that loses more than one has an error.
     assert all(block.relative_error is not None and block.relative_error < 5e-3 for block in report.blocks)
+
+
+def test_no_nvcc_is_said_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for name in ("CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(RuntimeUnavailable, match="the cuda target needs nvcc, and there is none"):
+        export_file(tmp_path / "none.pt2", tmp_path / "out", Tvm(target="cuda", arch="sm_80"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_wrong_outside_its_blocks_is_refused(moe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    right = tvm_backend.TvmFolder.run
+    monkeypatch.setattr(tvm_backend.TvmFolder, "run", lambda self, inputs: [1.01 * one for one in right(self, inputs)])
+    with pytest.raises(VerificationFailed, match=r"every block is within 1e-04 .* and the whole model is off"):
+        export_file(moe, tmp_path / "out", Tvm())
+    assert list(tmp_path.iterdir()) == []

@@ -5,17 +5,31 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import pytest
 import torch
 import tvm
 from tvm import relax
 
+from moeify.backends.tvm.cuda import nvcc
 from moeify.backends.tvm.cuda.serial import serial_module
 from moeify.backends.tvm.emitter import Emitter
 from moeify.backends.tvm.machine import Machine, machine
 from moeify.backends.tvm.types import tensor_type
 from moeify.backends.tvm.weights import Weights
+from moeify.errors import RuntimeUnavailable
 
 ARCH = "sm_90"
+
+
+def _has_nvcc() -> bool:
+    try:
+        nvcc.find_nvcc()
+    except RuntimeUnavailable:
+        return False
+    return True
+
+
+needs_nvcc = pytest.mark.skipif(not _has_nvcc(), reason="nvcc, which the CUDA target is compiled with, is not here")
 
 
 def cuda_machine(arch: str = ARCH) -> Machine:
