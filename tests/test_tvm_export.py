@@ -36,6 +36,10 @@ BAD = [
         {"target": "cuda", "expert_dtype": "float16"},
         "on the cuda target the experts have the type of the model",
     ),
+    (
+        {"target": "cuda", "lowering": "reference"},
+        "the reference lowering is for CPUs: its kernels are plain loops",
+    ),
     ({"tokens": 0}, "the expected number of tokens is 0: it must be positive"),
 ]
 LATE = [

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from moeify.backends.tvm.header import BadHeader, Spec, parse
+from moeify.backends.inputs import Spec
+from moeify.backends.tvm.header import BadHeader, parse
 
 GOOD: dict[str, Any] = {
     "format": 1,

@@ -15,6 +15,7 @@ import numpy
 import pytest
 import torch
 
+from moeify.backends.inputs import Taken
 from moeify.backends.tvm import host, load, loader, packages
 from moeify.backends.tvm.loader import Compiled
 from moeify.errors import BadInputSpec, RuntimeUnavailable, UnknownName, UnreadableFile
@@ -183,7 +184,7 @@ def test_refuses_inputs(compiled: Compiled, case: str) -> None:
 
 
 def test_what_the_library_itself_refuses_is_told(compiled: Compiled, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiled, "_named", lambda inputs: dict(zip("xm", inputs)))
+    monkeypatch.setattr(Taken, "named", lambda self, inputs: dict(zip("xm", inputs)))
     with pytest.raises(BadInputSpec) as error:
         compiled.run([X.astype(float), MASK])
     assert error.value.what == ("the library fails on these inputs: expect Tensor with dtype float32 but get float64")
@@ -243,7 +244,6 @@ BROKEN: dict[str, tuple[Callable[[Path], None], type[Exception], str]] = {
         RuntimeUnavailable,
         "this library was compiled with apache-tvm 0.26.1 and 0.27",
     ),
-    "no GPU": (changed(device="cuda"), RuntimeUnavailable, "this library runs on CUDA, and TVM finds no GPU here"),
 }
 
 
@@ -255,6 +255,34 @@ def test_refuses_folders(out: Path, tmp_path: Path, case: str, monkeypatch: pyte
     change(tmp_path / "out")
     with pytest.raises(kind, match=text):
         load(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("gpu", "text"),
+    [
+        (None, "this library runs on CUDA, and TVM finds no GPU here"),
+        ("sm_86", "this library was compiled for sm_90 and this GPU is sm_86"),
+    ],
+)
+def test_a_library_for_a_gpu_that_is_not_here(
+    out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpu: str | None, text: str
+) -> None:
+    monkeypatch.setattr(host, "gpu_arch", lambda: gpu)
+    shutil.copytree(out, tmp_path / "out")
+    changed(device="cuda", target="cuda sm_90")(tmp_path / "out")
+    with pytest.raises(RuntimeUnavailable) as error:
+        load(tmp_path / "out")
+    assert error.value.what == text
+
+
+def test_a_gpu_runs_what_was_compiled_for_it_and_for_earlier_ones() -> None:
+    """A library has PTX too, which later GPUs compile."""
+    assert host.gpu_runs("sm_80", "sm_80")
+    assert host.gpu_runs("sm_80", "sm_86")
+    assert host.gpu_runs("sm_90", "sm_120")
+    assert not host.gpu_runs("sm_90", "sm_86")
+    assert not host.gpu_runs("sm_80", None)
+    assert not host.gpu_runs("llvm", "sm_90")  # of a header that someone wrote
 
 
 def test_refuses_what_is_no_folder_or_no_device(out: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from moeify.backends.tvm.cpu import reference
 from moeify.backends.tvm.cpu.table import table
 from moeify.backends.tvm.families import Families
 from moeify.errors import BadOption
-from tests.tvm_kernels import ROLES, Block, compiled, ops, routing, small_tile
+from tests.tvm_kernels import ROLES, Block, Run, compiled, routing, small_tile
 
 BOTH = pytest.mark.parametrize("families", [table(), reference.TABLE], ids=["fast", "reference"])
 BLOCK = Block(5, 9, 13, 11, "silu", gated=True)
@@ -20,7 +20,6 @@ WIDTH = 19
 @BOTH
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_permute_and_back(families: Families, dtype: torch.dtype) -> None:
-    assert ops is not None
     there = compiled(
         lambda emitter, x, experts: families("permute", emitter, x, experts, 5),
         [(("T", WIDTH), dtype), (("T", 2), torch.int64)],
@@ -74,8 +73,13 @@ def test_grouped_linear(families: Families, biased: bool) -> None:
         torch.testing.assert_close(y, want, rtol=1e-5, atol=1e-6)
 
 
+@pytest.fixture(scope="module")
+def in_float32() -> Run:
+    return BLOCK.compiled(2, target=small_tile(2, 8))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_rows_in_half_are_computed_in_float32(dtype: torch.dtype) -> None:
+def test_rows_in_half_are_computed_in_float32(in_float32: Run, dtype: torch.dtype) -> None:
     """Bit for bit the float32 results, rounded once."""
     half = compiled(
         lambda emitter, x, e, w: table()("dispatch_ffn", emitter, x, e, w, BLOCK.spec),
@@ -85,7 +89,7 @@ def test_rows_in_half_are_computed_in_float32(dtype: torch.dtype) -> None:
     )
     x, (experts, weights) = torch.randn(6, BLOCK.d_model).to(dtype), routing(6, 5, 2)
     (y,) = half(x, experts, weights.to(dtype))
-    (want,) = BLOCK.compiled(2, target=small_tile(2, 8))(x.float(), experts, weights.to(dtype).float())
+    (want,) = in_float32(x.float(), experts, weights.to(dtype).float())
     assert torch.equal(y, want.to(dtype))
 
 

@@ -9,12 +9,11 @@ from __future__ import annotations
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import tvm
 from torch import Tensor
-from tvm import relax
 
 from moeify.backends.exporting import drop_router_noise, export
 from moeify.backends.tvm.cpu import pipeline, reference
@@ -28,8 +27,7 @@ from moeify.ir.program import Program, flat
 from tests.architectures import ARCHITECTURES, Architecture
 from tests.onnx_mixtures import relative
 from tests.test_onnx_architectures import converted, grown
-
-Run = Callable[..., list[Tensor]]
+from tests.tvm_functions import Run, calling
 
 
 def compiled(program: Program, families: Families, *, plain: bool = False) -> Run:
@@ -38,17 +36,7 @@ def compiled(program: Program, families: Families, *, plain: bool = False) -> Ru
     native = machine()
     imported = import_graph(export(program).module(check_guards=False), program.inputs, native, families)
     executable = tvm.compile(imported.mod, target=native.target) if plain else pipeline.compile(imported.mod, native)
-    vm = relax.VirtualMachine(executable, tvm.cpu())
-    weights = [_tvm(weight.value()) for weight in imported.weights]
-
-    def run(*inputs: Tensor) -> list[Tensor]:
-        return [torch.from_dlpack(one) for one in vm["main"](*[_tvm(x.contiguous()) for x in inputs], *weights)]
-
-    return run
-
-
-def _tvm(tensor: Tensor) -> tvm.runtime.Tensor:
-    return tvm.runtime.from_dlpack(tensor)
+    return calling(executable, imported.weights)
 
 
 def program_of(one: Architecture) -> Program:

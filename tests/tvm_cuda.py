@@ -8,15 +8,13 @@ from typing import Any
 import pytest
 import torch
 import tvm
-from tvm import relax
 
 from moeify.backends.tvm.cuda import nvcc
 from moeify.backends.tvm.cuda.serial import serial_module
-from moeify.backends.tvm.emitter import Emitter
 from moeify.backends.tvm.machine import Machine, machine
-from moeify.backends.tvm.types import tensor_type
 from moeify.backends.tvm.weights import Weights
 from moeify.errors import RuntimeUnavailable
+from tests import tvm_functions as functions
 
 ARCH = "sm_90"
 
@@ -42,35 +40,18 @@ def module(
     parameters: Mapping[str, torch.Tensor] = {},
 ) -> tuple[tvm.IRModule, Weights]:
     """A Relax module with ``main(inputs..., weights...)`` as ``emit(emitter, *inputs)`` makes it."""
-    builder = relax.BlockBuilder()
-    weights = Weights(lambda name: parameters[name])
-    variables = [relax.Var(name, tensor_type(shape, dtype)) for name, (shape, dtype) in inputs.items()]
-    with builder.function("main", variables):
-        with builder.dataflow():
-            result = builder.emit_output(emit(Emitter(builder, cuda_machine(), weights), *variables))
-        builder.emit_func_output(result)
-    made = builder.get()
-    main = made["main"]
-    arguments = [*variables, *(weight.var for weight in weights)]
-    made["main"] = relax.Function(arguments, main.body, main.ret_ty, main.is_pure, main.attrs).with_attr(
-        "num_input", len(variables)
-    )
-    return made, weights
+    return functions.module(emit, list(inputs.values()), parameters, cuda_machine())
 
 
 def on_cpu(made: tvm.IRModule, weights: Weights) -> Callable[..., Any]:
     """The module as a function of torch tensors, with every kernel of ours serial."""
-    vm = relax.VirtualMachine(tvm.compile(serial_module(made), target=machine("cpu").target), tvm.cpu())
-    values = [tvm.runtime.tensor(weight.value().numpy()) for weight in weights]
+    every = functions.calling(tvm.compile(serial_module(made), target=machine("cpu").target), weights)
 
     def run(*inputs: torch.Tensor) -> Any:
-        return _torch(vm["main"](*(tvm.runtime.tensor(value.numpy()) for value in inputs), *values))
+        results = every(*inputs)
+        return results[0] if len(results) == 1 else results
 
     return run
-
-
-def _torch(value: Any) -> Any:
-    return torch.from_numpy(value.numpy()) if hasattr(value, "numpy") else [_torch(one) for one in value]
 
 
 def relative(got: torch.Tensor, want: torch.Tensor) -> float:

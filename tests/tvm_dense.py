@@ -7,14 +7,13 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import tvm
-from tvm import relax, tirx
+from tvm import tirx
 
 from moeify.backends.tvm.cpu import pipeline
-from moeify.backends.tvm.emitter import Emitter
 from moeify.backends.tvm.machine import Machine, Tile, machine
-from moeify.backends.tvm.types import tensor_type
-from moeify.backends.tvm.weights import Weights
+from tests.tvm_functions import calling, module
+
+__all__ = ["TILES", "compiled", "module", "sizes", "this_machine"]
 
 TILES = [Tile(6, 16), Tile(12, 32), Tile(8, 8), Tile(4, 8)]
 
@@ -29,36 +28,18 @@ def sizes(names: str) -> list[Any]:
     return [tirx.Var(name, "int64") for name in names]
 
 
-def module(
-    emit: Callable[..., Any],
-    types: list[Any],
-    weights: Mapping[str, torch.Tensor] | None = None,
-    on: Machine | None = None,
-) -> tuple[tvm.IRModule, Weights]:
-    """``main(*inputs, *weights)`` that gives what ``emit(emitter, *inputs)`` does; types are (shape, dtype)."""
-    made = Weights((weights or {}).__getitem__)
-    builder = relax.BlockBuilder()
-    inputs = [relax.Var(f"x{i}", tensor_type(*type_)) for i, type_ in enumerate(types)]
-    with builder.function("main"):
-        with builder.dataflow():
-            result = emit(Emitter(builder, on or this_machine(), made), *inputs)
-            output = builder.emit_output(relax.Tuple([result]))
-        builder.emit_func_output(output, params=[*inputs, *[weight.var for weight in made]])
-    return builder.get(), made
-
-
 def compiled(
     emit: Callable[..., Any],
     types: list[Any],
     weights: Mapping[str, torch.Tensor] | None = None,
     on: Machine | None = None,
 ) -> Callable[..., torch.Tensor]:
-    """The same, as a function of torch tensors."""
+    """What ``emit(emitter, *inputs)`` gives, as a function of torch tensors; types are (shape, dtype)."""
     mod, made = module(emit, types, weights, on)
-    main = relax.VirtualMachine(pipeline.compile(mod, on or this_machine()), tvm.cpu())["main"]
-    values = [tvm.runtime.from_dlpack(weight.value()) for weight in made]
+    every = calling(pipeline.compile(mod, on or this_machine()), made)
 
     def run(*inputs: torch.Tensor) -> torch.Tensor:
-        return torch.from_dlpack(main(*[tvm.runtime.from_dlpack(x) for x in inputs], *values)[0])
+        (result,) = every(*inputs)
+        return result
 
     return run

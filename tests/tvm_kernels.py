@@ -9,20 +9,13 @@ from typing import Any
 import torch
 import tvm
 from torch import Tensor
-from tvm import relax, tirx
 
+import moeify.ir.ops  # noqa: F401  # the operators that are compared with
 from moeify.backends.tvm.cpu.table import table
-from moeify.backends.tvm.emitter import Emitter
 from moeify.backends.tvm.families import Experts, Families
 from moeify.backends.tvm.machine import Machine, Tile, machine
-from moeify.backends.tvm.types import tensor_type
-from moeify.backends.tvm.weights import Weights
-from moeify.ir import ops  # the operators that are compared with
+from tests.tvm_functions import Input, Run, calling, module
 
-__all__ = ["Block", "compiled", "machines", "ops", "routing", "small_tile"]
-
-Input = tuple[Sequence[int | str], torch.dtype]
-Run = Callable[..., list[Tensor]]
 ROLES = ("up", "gate", "down", "up_bias", "gate_bias", "down_bias")
 
 
@@ -32,33 +25,10 @@ def compiled(
     source: Mapping[str, Tensor] | None = None,
     target: Machine | None = None,
 ) -> Run:
-    """``emit(emitter, *inputs)`` gives one value or a list of them; sizes that are words are known when it runs."""
+    """``emit(emitter, *inputs)`` gives one value or a tuple of them; compiled by TVM's own pipeline."""
     target = target or machine()
-    names = sorted({size for shape, _ in inputs for size in shape if isinstance(size, str)})
-    sizes = {name: tirx.Var(name, "int64") for name in names}
-    arguments = [
-        relax.Var(f"x{i}", tensor_type([sizes[s] if isinstance(s, str) else s for s in shape], dtype))
-        for i, (shape, dtype) in enumerate(inputs)
-    ]
-    weights = Weights(dict(source or {}).__getitem__)
-    builder = relax.BlockBuilder()
-    with builder.function("main"):
-        with builder.dataflow():
-            out = builder.emit_output(emit(Emitter(builder, target, weights), *arguments))
-        builder.emit_func_output(out, [*arguments, *[weight.var for weight in weights]])
-    main = relax.VirtualMachine(tvm.compile(builder.get(), target=target.target), tvm.cpu())["main"]
-    packed = [_tvm(weight.value()) for weight in weights]
-
-    def run(*given: Tensor) -> list[Tensor]:
-        result = main(*[_tvm(tensor.clone(memory_format=torch.contiguous_format)) for tensor in given], *packed)
-        results = [result] if isinstance(result, tvm.runtime.Tensor) else list(result)
-        return [torch.from_dlpack(one).clone() for one in results]
-
-    return run
-
-
-def _tvm(tensor: Tensor) -> tvm.runtime.Tensor:
-    return tvm.runtime.from_dlpack(tensor)
+    mod, weights = module(emit, inputs, source, target)
+    return calling(tvm.compile(mod, target=target.target), weights)
 
 
 def small_tile(rows: int = 4, columns: int = 8) -> Machine:

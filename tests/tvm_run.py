@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 import tvm
 from torch import Tensor, fx, nn
 from torch.fx.experimental.symbolic_shapes import is_concrete_int
-from tvm import relax
 
 from moeify.backends.tvm.families import Families
 from moeify.backends.tvm.importing import Imported, import_graph
 from moeify.backends.tvm.machine import machine
 from moeify.ir.program import InputSpec
+from tests.tvm_functions import Run, calling
 
-Run = Callable[..., list[Tensor]]
 NOTHING = Families({})
 
 
@@ -41,14 +37,4 @@ def imported(module: nn.Module, *inputs: Tensor, families: Families = NOTHING) -
 
 def running(one: Imported) -> Run:
     """Compiled by TVM's own pipeline."""
-    vm = relax.VirtualMachine(tvm.compile(one.mod, target=machine().target), tvm.cpu())
-    weights = [_tvm(weight.value()) for weight in one.weights]
-
-    def run(*inputs: Any) -> list[Tensor]:
-        return [torch.from_dlpack(out) for out in vm["main"](*[_tvm(x.contiguous()) for x in inputs], *weights)]
-
-    return run
-
-
-def _tvm(tensor: Tensor) -> tvm.runtime.Tensor:
-    return tvm.runtime.from_dlpack(tensor)
+    return calling(tvm.compile(one.mod, target=machine().target), one.weights)

@@ -10,12 +10,13 @@ import re
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import onnxruntime
 
+from moeify.backends.inputs import Inputs, Spec, Taken
 from moeify.backends.onnxruntime.arrays import Buffer, element, element_number, is_torch, to_arrays, value_of
 from moeify.backends.onnxruntime.model_header import read_header
 from moeify.backends.onnxruntime.profiling import Profile, read_profile
@@ -30,8 +31,6 @@ _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _SILENT, _ERRORS = 4, 3  # severities of the runtime's logger
 # What the runtime says of a model that is newer than itself.
 _TOO_NEW = re.compile(r"(max supported IR version|opset \d+ is under development|is not a registered function)", re.I)
-
-Inputs = Mapping[str, Any] | Sequence[Any]
 
 
 class Session:
@@ -69,13 +68,14 @@ class Session:
         needed = _HALF if metadata.get(DTYPE_KEY) == "float16" else {}
         settings = _settings(threads, self._profiles, {**needed, **(options or {})})
         self._session = _open(source, provider, settings)
-        self._inputs = {one.name: one for one in self._session.get_inputs()}
-        self._outputs = {one.name: one for one in self._session.get_outputs()}
+        specs = {one.name: _spec(one) for one in self._session.get_inputs()}
+        self._taken = Taken("the model", specs, element)
+        self._outputs = {one.name: _spec(one) for one in self._session.get_outputs()}
         self._profile: Profile | None = None
 
     @property
     def input_names(self) -> list[str]:
-        return list(self._inputs)
+        return list(self._taken.specs)
 
     @property
     def output_names(self) -> list[str]:
@@ -92,7 +92,7 @@ class Session:
         ``inputs`` by name, or in the order of ``input_names``. Raises BadInputSpec for a name, type or shape that
         the model does not take.
         """
-        named = self._named(inputs)
+        named = self._taken.named(inputs)
         values = {name: value_of(value) for name, value in named.items()}
         with _failures(self._session):
             outputs = self._session.run_with_ort_values(self.output_names, values)
@@ -103,7 +103,7 @@ class Session:
 
         ``outputs`` are tensors or arrays to be written into. Raises BadInputSpec as ``run`` does.
         """
-        return Binding(self, self._named(inputs), outputs or {})
+        return Binding(self, self._taken.named(inputs), outputs or {})
 
     def profile(self) -> Profile:
         """Seconds by block and stage, of every run so far. Ends the recording; later calls give the same."""
@@ -113,30 +113,13 @@ class Session:
             self._profile = read_profile(Path(self._session.end_profiling()))
         return self._profile
 
-    def _named(self, inputs: Inputs) -> dict[str, Any]:
-        if not isinstance(inputs, Mapping):
-            if len(inputs) != len(self._inputs):
-                raise BadInputSpec(
-                    f"the model takes {len(self._inputs)} inputs and was given {len(inputs)}",
-                    hint=f"in this order: {', '.join(self._inputs)}",
-                )
-            inputs = dict(zip(self._inputs, inputs))
-        wrong = sorted(inputs.keys() ^ self._inputs.keys())
-        if wrong:
-            what = "has no input" if wrong[0] in inputs else "needs the input"
-            raise BadInputSpec(f"the model {what} {wrong[0]!r}", hint=f"its inputs are {', '.join(self._inputs)}")
-        sizes: dict[str, tuple[int, str]] = {}
-        for name, value in inputs.items():
-            _check(self._inputs[name], value, sizes)
-        return dict(inputs)
-
 
 class Binding:
     """Inputs and outputs of a session, bound to memory."""
 
     def __init__(self, session: Session, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> None:
         self._session, self._binding = session._session, session._session.io_binding()
-        self._given = dict(outputs)
+        self._given, self._taken = dict(outputs), session._taken
         self._names = session.output_names
         self._as_torch = any(is_torch(value) for value in inputs.values())
         buffers = {name: Buffer.of(value) for name, value in inputs.items()}
@@ -164,8 +147,8 @@ class Binding:
         values = to_arrays(self._binding.get_outputs(), self._as_torch)
         return [self._given.get(name, value) for name, value in zip(self._names, values)]
 
-    def _bind_output(self, spec: Any, value: Any) -> None:
-        _check(spec, value, {})
+    def _bind_output(self, spec: Spec, value: Any) -> None:
+        self._taken.check(spec, value, {})
         try:
             held = Buffer.of(value, writable=True)
         except ValueError as error:
@@ -290,24 +273,9 @@ def _silent() -> Iterator[None]:
         onnxruntime.set_default_logger_severity(2)  # the runtime's own: warnings
 
 
-def _check(spec: Any, value: Any, sizes: dict[str, tuple[int, str]]) -> None:
-    """``sizes`` collects what the named dimensions of earlier inputs were."""
-    wanted = spec.type.removeprefix("tensor(").removesuffix(")")
-    if not hasattr(value, "dtype") or not hasattr(value, "shape"):
-        raise BadInputSpec(f"{spec.name!r} must be a tensor or an array, not a {type(value).__name__}")
-    if element(value) != wanted:
-        raise BadInputSpec(f"{spec.name!r} must be of {wanted}, not of {element(value)}")
-    shape, expected = tuple(value.shape), list(spec.shape)
-    text = f"{spec.name!r} must have the shape [{', '.join(map(str, expected))}], not {list(shape)}"
-    if len(shape) != len(expected):
-        raise BadInputSpec(text)
-    for have, want in zip(shape, expected):
-        if isinstance(want, int) and have != want:
-            raise BadInputSpec(text)
-        if isinstance(want, str):
-            before, owner = sizes.setdefault(want, (have, spec.name))
-            if before != have:
-                raise BadInputSpec(f"{want} is {before} in {owner!r} and {have} in {spec.name!r}")
+def _spec(one: Any) -> Spec:
+    """Of an onnxruntime.NodeArg."""
+    return Spec(one.name, one.type.removeprefix("tensor(").removesuffix(")"), tuple(one.shape))
 
 
 def _line(error: BaseException) -> str:

@@ -74,6 +74,8 @@ class Tvm(Deployment):
             raise BadOption(
                 "on the cuda target the experts have the type of the model", hint=f"--dtype {self.expert_dtype}"
             )
+        if self.target == "cuda" and self.lowering == REFERENCE:
+            raise BadOption("the reference lowering is for CPUs: its kernels are plain loops", hint="--target cpu")
 
     @property
     def precision(self) -> str:
@@ -232,6 +234,7 @@ class TvmFolder:
         stage: Stage,
         notes: Sequence[str] = (),
     ) -> None:
+        from moeify.backends.tvm import host
         from moeify.backends.tvm.loader import Compiled, load
 
         self.backend, self.stage, self.notes = backend, stage, notes
@@ -240,14 +243,17 @@ class TvmFolder:
         self.choices: Sequence[Choice] = [backend.choice(call, chosen) for call in source.calls]
         self.provider = "cpu"
         self._runs: Compiled
-        if chosen.kind == "cuda" and _has_gpu():
-            self.provider, self.verified_on = "cuda", f"this machine's GPU ({chosen.arch})"
+        gpu = host.gpu_arch() if chosen.kind == "cuda" else None
+        if gpu is not None and host.gpu_runs(chosen.arch, gpu):
+            self.provider, self.verified_on = "cuda", f"this machine's GPU ({gpu})"
             self._runs = load(stage.folder)
         elif chosen.native:
             self.verified_on = "this machine's CPU"
             self._runs = load(stage.folder)
         else:
-            what = "no GPU is here" if chosen.kind == "cuda" else "that CPU is not here"
+            what = "that CPU is not here"
+            if chosen.kind == "cuda":
+                what = "no GPU is here" if gpu is None else f"the GPU here is {gpu}"
             self.verified_on = f"this machine's CPU, compiled for it from the same TIR ({what})"
             self._runs = stage.twin(_twin(imported, chosen))
 
@@ -264,9 +270,3 @@ class TvmFolder:
 
     def finish(self, report: ExportReport) -> list[Path]:
         return self.stage.finish(report.to_dict())
-
-
-def _has_gpu() -> bool:
-    import tvm
-
-    return bool(tvm.cuda().exist)

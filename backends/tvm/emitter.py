@@ -31,17 +31,13 @@ class Emitter:
         """Bind an expression to a variable."""
         return self.builder.emit(expr)
 
-    def kernel(self, name: str, make: Callable[[], tirx.PrimFunc], *, scheduled: bool = True) -> Any:
+    def kernel(self, name: str, make: Callable[[], tirx.PrimFunc]) -> Any:
         """The kernel of that name, made by ``make`` the first time: ``name`` must tell all its constants.
 
-        ``scheduled`` False leaves it to the target's schedule rules. Gives a GlobalVar for ``call``.
+        Gives a GlobalVar for ``call``.
         """
         if name not in self._kernels:
-            function = _in_a_block(make()).with_attr("global_symbol", name)
-            if scheduled:
-                function = function.with_attrs(_OWN)
-            else:
-                function = function.with_attr("op_pattern", 8)
+            function = _in_a_block(make()).with_attr("global_symbol", name).with_attrs(_OWN)
             self._kernels[name] = self.builder.add_func(function, name)
         return self._kernels[name]
 

@@ -6,33 +6,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from moeify.backends.inputs import Spec
+from moeify.backends.tvm.parameters import DTYPES
+
 FORMAT = 1
 DEVICES = ("cpu", "cuda")
-DTYPES = (
-    "bool", "uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64", "float16", "bfloat16", "float32",
-    "float64",
-)  # fmt: skip
 _LARGEST = 2**62  # sizes are int64 in the library
 _TOO_LONG = 10_000  # entries of a list; no model comes near
 
 
 class BadHeader(ValueError):
     """What is wrong with it, in a few words."""
-
-
-@dataclass(frozen=True)
-class Spec:
-    """One input or output. ``shape`` holds an int for a fixed size and a name (or an expression) for a dynamic one.
-
-    Outputs have the name "".
-    """
-
-    name: str
-    dtype: str
-    shape: tuple[int | str, ...]
-
-    def __str__(self) -> str:
-        return f"{self.dtype}[{', '.join(map(str, self.shape))}]"
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ meets an instruction it does not have ends the process.
 from __future__ import annotations
 
 import platform
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,35 @@ def require_flags(flags: Sequence[str], where: str) -> None:
             else f"this library was compiled for a processor with {missing[0]}, which this one does not have",
             where=where,
             hint="export it with --target cpu on this machine, or 'llvm -mcpu=NAME' for one like it",
+        )
+
+
+def gpu_arch() -> str | None:
+    """``sm_NN`` of the GPU of this machine, None without one."""
+    import tvm
+
+    device = tvm.cuda()
+    return f"sm_{device.compute_version.replace('.', '')}" if device.exist else None
+
+
+def gpu_runs(arch: str, have: str | None) -> bool:
+    """Whether a GPU of ``have`` runs what nvcc compiled for ``arch``: its own machine code, or later the PTX."""
+    wanted = re.fullmatch(r"sm_(\d+)", arch)
+    return have is not None and wanted is not None and int(wanted[1]) <= int(have.removeprefix("sm_"))
+
+
+def require_gpu(arch: str, where: str) -> None:
+    """Raises RuntimeUnavailable without a GPU, or where it is older than ``arch`` (sm_NN)."""
+    have = gpu_arch()
+    if have is None:
+        raise RuntimeUnavailable(
+            "this library runs on CUDA, and TVM finds no GPU here", where=where, hint="export it with --target cpu"
+        )
+    if not gpu_runs(arch, have):
+        raise RuntimeUnavailable(
+            f"this library was compiled for {arch} and this GPU is {have}",
+            where=where,
+            hint="export it with --target cpu, or with an --arch that is no newer than this GPU",
         )
 
 

@@ -73,7 +73,7 @@ def import_graph(module: fx.GraphModule, inputs: Sequence[InputSpec], machine: M
             result = builder.emit_output(relax.Tuple(outputs))
         builder.emit_func_output(result)
     if missing:
-        raise _refusal(missing)
+        raise _refusal(missing, machine)
     mod = builder.get()
     main = mod["main"]
     parameters = [*variables, *(weight.var for weight in weights)]
@@ -121,11 +121,12 @@ def _is_free(node: fx.Node, translation: Translation) -> bool:
     return not any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(node.meta.get("val")))
 
 
-def _refusal(missing: dict[str, list[str]]) -> Refused:
+def _refusal(missing: dict[str, list[str]], machine: Machine) -> Refused:
     count = len(missing)
     lines = [f"  {name} ({len(paths)}): {', '.join(dict.fromkeys(paths))}" for name, paths in sorted(missing.items())]
     what = "1 operator has" if count == 1 else f"{count} operators have"
+    where = " on CUDA" if machine.kind == "cuda" else ""
     return Refused(
-        "\n".join([f"{what} no conversion to TVM:", *lines]),
+        "\n".join([f"{what} no conversion to TVM{where}:", *lines]),
         hint="export it to ONNX Runtime instead: moeify export --to onnxruntime",
     )

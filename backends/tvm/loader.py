@@ -5,20 +5,19 @@ from __future__ import annotations
 import json
 import re
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from moeify.backends.inputs import Inputs, Taken
 from moeify.backends.tvm import packages
-from moeify.backends.tvm.header import BadHeader, Header, Spec, parse
-from moeify.backends.tvm.host import require_flags, require_kind
+from moeify.backends.tvm.header import BadHeader, Header, parse
+from moeify.backends.tvm.host import require_flags, require_gpu, require_kind
 from moeify.errors import BadInputSpec, RuntimeUnavailable, UnknownName, UnreadableFile
 
 LIBRARY, PARAMETERS, HEADER = "lib.so", "params.safetensors", "moeify.json"
 _LONGEST_HEADER = 64 << 20  # bytes
 _KEPT = 16  # different sizes of inputs whose memory is kept for the next run
-
-Inputs = Mapping[str, Any] | Sequence[Any]
 
 
 def load(folder: str | Path, device: str | None = None, *, threads: int | None = None) -> Compiled:
@@ -81,11 +80,12 @@ class Compiled:
 
         from moeify.backends.tvm import parameters
         from moeify.backends.tvm import threads as pool
+        from moeify.backends.tvm.arrays import dtype_of
 
         pool.prepare()
         self.header, self.report = header, dict(report or {})
         self._where, self._threads, self._pool = str(folder), threads, pool
-        self._device = _device(header.device, self._where)
+        self._device = _device(header, self._where)
         self._weights = parameters.read(folder / PARAMETERS, header.weights, self._device)
         try:
             self.machine = VirtualMachine(library, self._device)
@@ -96,12 +96,13 @@ class Compiled:
             ) from error
         self._one_at_a_time = threading.Lock()
         self._sizes: set[tuple[int, ...]] = set()
-        self._specs = {spec.name: spec for spec in header.inputs}
+        specs = {spec.name: spec for spec in header.inputs}
+        self._taken = Taken("the library", specs, dtype_of, header.ranges)
         pool.use(threads)
 
     @property
     def input_names(self) -> list[str]:
-        return list(self._specs)
+        return list(self._taken.specs)
 
     def run(self, inputs: Inputs) -> list[Any]:
         """The outputs in order: torch tensors when an input is one, else numpy arrays.
@@ -114,7 +115,7 @@ class Compiled:
         """
         from moeify.backends.tvm.arrays import from_tvm, is_torch, to_tvm
 
-        named = self._named(inputs)
+        named = self._taken.named(inputs)
         given = [to_tvm(value, self._device) for value in named.values()]
         with self._one_at_a_time:
             self._pool.use(self._threads)
@@ -134,58 +135,14 @@ class Compiled:
             _clear_pool()
         self._sizes.add(sizes)
 
-    def _named(self, inputs: Inputs) -> dict[str, Any]:
-        """In the order of the library, checked."""
-        if not isinstance(inputs, Mapping):
-            if len(inputs) != len(self._specs):
-                raise BadInputSpec(
-                    f"the library takes {len(self._specs)} inputs and was given {len(inputs)}",
-                    hint=f"in this order: {', '.join(self._specs)}",
-                )
-            inputs = dict(zip(self._specs, inputs))
-        wrong = sorted(inputs.keys() ^ self._specs.keys())
-        if wrong:
-            what = "has no input" if wrong[0] in inputs else "needs the input"
-            raise BadInputSpec(f"the library {what} {wrong[0]!r}", hint=f"its inputs are {', '.join(self._specs)}")
-        sizes: dict[str, tuple[int, str]] = {}
-        for name, spec in self._specs.items():
-            self._check(spec, inputs[name], sizes)
-        return {name: inputs[name] for name in self._specs}
 
-    def _check(self, spec: Spec, value: Any, sizes: dict[str, tuple[int, str]]) -> None:
-        """``sizes`` collects what the named dimensions of earlier inputs were."""
-        if not hasattr(value, "dtype") or not hasattr(value, "shape"):
-            raise BadInputSpec(f"{spec.name!r} must be a tensor or an array, not a {type(value).__name__}")
-        dtype = str(value.dtype).removeprefix("torch.")
-        if dtype != spec.dtype:
-            raise BadInputSpec(f"{spec.name!r} must be of {spec.dtype}, not of {dtype}")
-        shape = tuple(value.shape)
-        text = f"{spec.name!r} must have the shape [{', '.join(map(str, spec.shape))}], not {list(shape)}"
-        if len(shape) != len(spec.shape):
-            raise BadInputSpec(text)
-        for have, want in zip(shape, spec.shape):
-            if isinstance(want, int):
-                if have != want:
-                    raise BadInputSpec(text)
-                continue
-            before, owner = sizes.setdefault(want, (have, spec.name))
-            if before != have:
-                raise BadInputSpec(f"{want} is {before} in {owner!r} and {have} in {spec.name!r}")
-            low, high = self.header.ranges.get(want, (0, None))
-            if have < low or (high is not None and have > high):
-                span = f"at least {low}" if high is None else f"{low} to {high}"
-                raise BadInputSpec(f"{want} is {have} in {spec.name!r}: the library was compiled for {span}")
-
-
-def _device(kind: str, where: str) -> Any:
+def _device(header: Header, where: str) -> Any:
     import tvm
 
-    device = tvm.cpu() if kind == "cpu" else tvm.cuda()
-    if not device.exist:
-        raise RuntimeUnavailable(
-            "this library runs on CUDA, and TVM finds no GPU here", where=where, hint="export it with --target cpu"
-        )
-    return device
+    if header.device == "cpu":
+        return tvm.cpu()
+    require_gpu(header.target.removeprefix("cuda "), where)
+    return tvm.cuda()
 
 
 def _clear_pool() -> None:

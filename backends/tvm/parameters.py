@@ -17,7 +17,8 @@ from moeify.errors import UnreadableFile
 if TYPE_CHECKING:
     from moeify.backends.tvm.weights import Weight
 
-_NAMES = {
+# The types that are spoken of, and how the format spells them.
+DTYPES = {
     "bool": "BOOL", "uint8": "U8", "uint16": "U16", "uint32": "U32", "uint64": "U64", "int8": "I8", "int16": "I16",
     "int32": "I32", "int64": "I64", "float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64",
 }  # fmt: skip
@@ -41,7 +42,7 @@ def _head(weights: Sequence[Weight]) -> bytes:
     header, start = {}, 0
     for weight in weights:
         end = start + _length(weight)
-        name = _NAMES[str(weight.dtype).removeprefix("torch.")]
+        name = DTYPES[str(weight.dtype).removeprefix("torch.")]
         header[weight.name] = {"dtype": name, "shape": list(weight.shape), "data_offsets": [start, end]}
         start = end
     text = json.dumps(header).encode()

@@ -7,9 +7,6 @@ from typing import Any
 
 import torch
 
-# bfloat16 weights are passed as their bits: DLPack and numpy have no agreed bfloat16, and kernels shift them anyway.
-BITS = {torch.bfloat16: "uint16"}
-
 
 def dtype_name(dtype: torch.dtype) -> str:
     """``torch.float32`` -> ``"float32"``, as TVM spells it."""

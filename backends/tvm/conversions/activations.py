@@ -9,6 +9,7 @@ import torch
 from torch import fx
 from tvm import relax
 
+from moeify.backends.tvm.conversions.arithmetic import log_of_one_more
 from moeify.backends.tvm.conversions.translation import Convert, Translation
 
 _aten = torch.ops.aten
@@ -95,18 +96,10 @@ def _softplus(m: _Terms, x: Any, args: Mapping[str, Any]) -> Any:
     """max(bx, 0) + log1p(exp(-|bx|)) does not overflow; above the threshold torch gives x."""
     beta = float(args["beta"])
     scaled = x if beta == 1 else m(_op.multiply, x, beta)
-    tail = _log_of_one_more(m, m(_op.exp, m(_op.negative, m(_op.abs, scaled))))
+    tail = log_of_one_more(m.t, m(_op.exp, m(_op.negative, m(_op.abs, scaled))), m.dtype)
     soft = m(_op.add, m(_op.maximum, scaled, 0.0), tail)
     soft = soft if beta == 1 else m(_op.divide, soft, beta)
     return m.where(m(_op.greater, scaled, float(args["threshold"])), x, soft)
-
-
-def _log_of_one_more(m: _Terms, x: Any) -> Any:
-    """Of 0 <= x <= 1, with the digits of a small x (Kahan): log(u) * x / (u - 1) with u = 1 + x."""
-    u = m(_op.add, x, 1.0)
-    less = m(_op.subtract, u, 1.0)
-    same = m(_op.equal, less, 0.0)
-    return m.where(same, x, m(_op.multiply, m(_op.log, u), m(_op.divide, x, m.where(same, 1.0, less))))
 
 
 def _mish(m: _Terms, x: Any, args: Mapping[str, Any]) -> Any:
@@ -144,7 +137,7 @@ def _threshold(m: _Terms, x: Any, args: Mapping[str, Any]) -> Any:
 
 
 def _log_sigmoid(m: _Terms, x: Any, args: Mapping[str, Any]) -> Any:
-    tail = _log_of_one_more(m, m(_op.exp, m(_op.negative, m(_op.abs, x))))
+    tail = log_of_one_more(m.t, m(_op.exp, m(_op.negative, m(_op.abs, x))), m.dtype)
     return m(_op.subtract, m(_op.minimum, x, 0.0), tail)
 
 

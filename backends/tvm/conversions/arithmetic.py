@@ -122,16 +122,24 @@ def _reciprocal(t: Translation, node: fx.Node, args: Mapping[str, Any]) -> Any:
     return t.emit(_op.divide(t.tensor(1.0, dtype), t.tensor(args["self"], dtype)))
 
 
-def _log_of_one_more(t: Translation, node: fx.Node, args: Mapping[str, Any]) -> Any:
-    """Kahan's: log(u) * x / (u - 1) with u = 1 + x keeps the digits of a small x."""
+def _log1p(t: Translation, node: fx.Node, args: Mapping[str, Any]) -> Any:
     dtype = node.meta["val"].dtype
-    x, one = t.tensor(args["self"], dtype), t.tensor(1.0, dtype)
+    x = t.tensor(args["self"], dtype)
+    infinite = t.emit(_op.equal(x, t.tensor(math.inf, dtype)))
+    return t.emit(_op.where(infinite, x, log_of_one_more(t, x, dtype)))
+
+
+def log_of_one_more(t: Translation, x: Any, dtype: torch.dtype) -> Any:
+    """log(1 + x) of a finite x, with the digits of a small one.
+
+    Kahan's: log(u) * x / (u - 1) with u = 1 + x (Goldberg, "What Every Computer Scientist Should Know About
+    Floating-Point Arithmetic", 1991, theorem 4).
+    """
+    one = t.tensor(1.0, dtype)
     u = t.emit(_op.add(one, x))
     less = t.emit(_op.subtract(u, one))
     same = t.emit(_op.equal(less, t.tensor(0.0, dtype)))
     ratio = t.emit(_op.divide(x, t.emit(_op.where(same, one, less))))
-    # An infinite x over itself is no number.
-    ratio = t.emit(_op.where(t.emit(_op.equal(u, t.tensor(math.inf, dtype))), one, ratio))
     return t.emit(_op.where(same, x, t.emit(_op.multiply(t.emit(_op.log(u)), ratio))))
 
 
@@ -204,7 +212,7 @@ TABLE: dict[Any, Convert] = {
     _aten.pow.Tensor_Tensor: _power,
     _aten.pow.Scalar: _power,
     _aten.reciprocal.default: _reciprocal,
-    _aten.log1p.default: _log_of_one_more,
+    _aten.log1p.default: _log1p,
     _aten.log2.default: _scaled_log(1 / math.log(2)),
     _aten.log10.default: _scaled_log(1 / math.log(10)),
 }

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 from tvm import relax, te, tirx
 
-from moeify.backends.tvm.conversions.translation import Convert, Translation
+from moeify.backends.tvm.conversions.translation import Convert, Translation, prim
 from moeify.backends.tvm.types import dtype_name
 
 _aten = torch.ops.aten
@@ -52,7 +52,7 @@ def _arange(t: Translation, node: fx.Node, args: Mapping[str, Any]) -> Any:
         return te.compute([length], lambda i: (begin + i * stride).astype("int64"), name="arange")
 
     length = t.shape(node)[0]
-    numbers = t.emitter.builder.emit_te(count, *(_prim(n) for n in (first, by, length)))
+    numbers = t.emitter.builder.emit_te(count, *(prim(n) for n in (first, by, length)))
     return t.cast(numbers, value.dtype)
 
 
@@ -61,7 +61,7 @@ def _fractions(t: Translation, node: fx.Node, start: Any, step: Any) -> Any:
     dtype = dtype_name(node.meta["val"].dtype)
 
     def of(number: Any) -> Any:
-        return tirx.const(number, "float64") if isinstance(number, float) else _prim(t.size(number))
+        return tirx.const(number, "float64") if isinstance(number, float) else prim(t.size(number))
 
     first, by = of(start), of(step)
 
@@ -79,11 +79,7 @@ def _fractions(t: Translation, node: fx.Node, start: Any, step: Any) -> Any:
         begin = first if isinstance(start, float) else next(rest)
         return count(begin, by if isinstance(step, float) else next(rest), length)
 
-    return t.emitter.builder.emit_te(of_sizes, _prim(t.shape(node)[0]), *sizes)
-
-
-def _prim(number: Any) -> Any:
-    return tirx.IntImm("int64", number) if isinstance(number, int) else number
+    return t.emitter.builder.emit_te(of_sizes, prim(t.shape(node)[0]), *sizes)
 
 
 def _triangle(lower: bool) -> Convert:
@@ -97,7 +93,7 @@ def _triangle(lower: bool) -> Convert:
 
             return te.compute(data.shape, element, name="triangle")
 
-        return t.emitter.builder.emit_te(keep, t.tensor(args["self"]), _prim(diagonal))
+        return t.emitter.builder.emit_te(keep, t.tensor(args["self"]), prim(diagonal))
 
     return convert
 

@@ -52,7 +52,6 @@ class _Recorder(TorchDispatchMode):
         self._depth = 0
         self.calls: list[tuple[Any, tuple, dict, Any]] = []
         self.result: Any = None
-        self.failed = False
 
     def run(self, node: fx.Node) -> _Recorder | None:
         """None where the operator has no decomposition into known ones."""

@@ -10,7 +10,7 @@ from torch import fx
 from tvm import relax, te, tirx
 
 from moeify.backends.tvm.conversions.slices import bound
-from moeify.backends.tvm.conversions.translation import Convert, Translation
+from moeify.backends.tvm.conversions.translation import Convert, Translation, prim, rank_of
 
 _aten = torch.ops.aten
 _op = relax.op
@@ -21,7 +21,7 @@ def _embedding(t: Translation, node: fx.Node, args: Mapping[str, Any]) -> Any:
 
 
 def _index_select(t: Translation, node: fx.Node, args: Mapping[str, Any]) -> Any:
-    return _taken(t, node, t.tensor(args["self"]), args["index"], args["dim"] % args["self"].meta["val"].dim())
+    return _taken(t, node, t.tensor(args["self"]), args["index"], args["dim"] % rank_of(args))
 
 
 def _taken(t: Translation, node: fx.Node, data: Any, index: fx.Node, dim: int) -> Any:
@@ -30,7 +30,7 @@ def _taken(t: Translation, node: fx.Node, data: Any, index: fx.Node, dim: int) -
 
 
 def _gather(t: Translation, node: fx.Node, args: Mapping[str, Any]) -> Any:
-    rank = args["self"].meta["val"].dim()
+    rank = rank_of(args)
     dim = args["dim"] % rank if rank else 0
 
     def pick(data: te.Tensor, index: te.Tensor) -> te.Tensor:
@@ -54,7 +54,7 @@ def _index(t: Translation, node: fx.Node, args: Mapping[str, Any]) -> Any:
     slice stands between two of them.
     """
     given: Sequence[Any] = args["indices"]
-    rank = args["self"].meta["val"].dim()
+    rank = rank_of(args)
     places = [axis for axis, index in enumerate(given) if index is not None]
     if any(given[axis].meta["val"].dtype == torch.bool for axis in places):
         return NotImplemented  # the shape depends on the values
@@ -62,7 +62,7 @@ def _index(t: Translation, node: fx.Node, args: Mapping[str, Any]) -> Any:
     width = max(given[axis].meta["val"].dim() for axis in places)
     together = places == list(range(places[0], places[-1] + 1))
     front = places[0] if together else 0
-    shape = [_prim(s) for s in t.shape(node)]
+    shape = [prim(s) for s in t.shape(node)]
 
     def pick(data: te.Tensor, *tables: te.Tensor) -> te.Tensor:
         def element(*i: Any) -> Any:
@@ -85,10 +85,6 @@ def _is_one(size: Any) -> bool:
     return isinstance(size, tirx.IntImm) and int(size) == 1
 
 
-def _prim(size: Any) -> Any:
-    return tirx.IntImm("int64", size) if isinstance(size, int) else size
-
-
 def _slice_scatter(t: Translation, node: fx.Node, args: Mapping[str, Any]) -> Any:
     """``x`` with ``src`` in the place of ``x[start:end:step]``."""
     value = args["self"].meta["val"]
@@ -106,7 +102,7 @@ def _slice_scatter(t: Translation, node: fx.Node, args: Mapping[str, Any]) -> An
 
         return te.compute(data.shape, element, name="slice_scatter")
 
-    return t.emitter.builder.emit_te(put, t.tensor(args["self"]), t.tensor(args["src"], value.dtype), _prim(start))
+    return t.emitter.builder.emit_te(put, t.tensor(args["self"]), t.tensor(args["src"], value.dtype), prim(start))
 
 
 def _select_scatter(t: Translation, node: fx.Node, args: Mapping[str, Any]) -> Any:
@@ -122,7 +118,7 @@ def _select_scatter(t: Translation, node: fx.Node, args: Mapping[str, Any]) -> A
 
         return te.compute(data.shape, element, name="select_scatter")
 
-    return t.emitter.builder.emit_te(put, t.tensor(args["self"]), t.tensor(args["src"], value.dtype), _prim(index))
+    return t.emitter.builder.emit_te(put, t.tensor(args["self"]), t.tensor(args["src"], value.dtype), prim(index))
 
 
 TABLE: dict[Any, Convert] = {

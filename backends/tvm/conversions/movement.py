@@ -9,7 +9,7 @@ import torch
 from torch import fx
 from tvm import relax
 
-from moeify.backends.tvm.conversions.translation import Convert, Translation
+from moeify.backends.tvm.conversions.translation import Convert, Translation, rank_of
 from moeify.backends.tvm.emitter import shape_of
 
 _aten = torch.ops.aten
@@ -30,19 +30,14 @@ def _expand(t: Translation, node: fx.Node, args: Mapping[str, Any]) -> Any:
     return t.broadcast(t.aligned(t.tensor(args["self"]), shape), shape)
 
 
-def _rank(args: Mapping[str, Any], name: str = "self") -> int:
-    rank: int = args[name].meta["val"].dim()
-    return rank
-
-
 def _permute(t: Translation, node: fx.Node, args: Mapping[str, Any]) -> Any:
-    rank = _rank(args)
+    rank = rank_of(args)
     order = [dim % rank for dim in args["dims"]]
     return permuted(t, t.tensor(args["self"]), order)
 
 
 def _transpose(t: Translation, node: fx.Node, args: Mapping[str, Any]) -> Any:
-    rank = _rank(args)
+    rank = rank_of(args)
     if rank < 2:
         return t.tensor(args["self"])
     order = list(range(rank))
@@ -76,7 +71,7 @@ def _repeat_each(t: Translation, node: fx.Node, args: Mapping[str, Any]) -> Any:
         isinstance(args["repeats"], fx.Node) and isinstance(args["repeats"].meta["val"], torch.Tensor)
     ):
         return NotImplemented
-    dim = args["dim"] % _rank(args)
+    dim = args["dim"] % rank_of(args)
     x, times = t.tensor(args["self"]), t.size(args["repeats"])
     shape = shape_of(x)
     wide = [*shape[: dim + 1], times, *shape[dim + 1 :]]
@@ -87,7 +82,7 @@ def _repeat_each(t: Translation, node: fx.Node, args: Mapping[str, Any]) -> Any:
 def _flip(t: Translation, node: fx.Node, args: Mapping[str, Any]) -> Any:
     x = t.tensor(args["self"])
     for dim in args["dims"]:
-        x = t.emit(_op.flip(x, dim % _rank(args)))
+        x = t.emit(_op.flip(x, dim % rank_of(args)))
     return x
 
 

@@ -151,6 +151,8 @@ def _running(product: bool) -> Convert:
     """cumsum and cumprod, by a kernel of our own: TVM's is scheduled by nothing."""
 
     def convert(t: Translation, node: fx.Node, args: Mapping[str, Any]) -> Any:
+        if t.emitter.machine.kind == "cuda":
+            return NotImplemented  # the kernel is a loop of a CPU
         dtype = node.meta["val"].dtype
         x = t.tensor(args["self"], dtype)
         shape = shape_of(x)

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 from tvm import relax, te, tirx
 
-from moeify.backends.tvm.conversions.translation import Convert, Translation
+from moeify.backends.tvm.conversions.translation import Convert, Translation, prim, rank_of
 from moeify.backends.tvm.emitter import shape_of
 
 _aten = torch.ops.aten
@@ -17,7 +17,7 @@ _op = relax.op
 
 
 def _slice(t: Translation, node: fx.Node, args: Mapping[str, Any]) -> Any:
-    dim, step = args["dim"] % _rank(args), args["step"]
+    dim, step = args["dim"] % rank_of(args), args["step"]
     size = t.size(args["self"].meta["val"].shape[dim])
     start = bound(t, args["start"], size, 0)
     return sliced(t, t.tensor(args["self"]), dim, start, t.shape(node)[dim], step)
@@ -54,15 +54,11 @@ def sliced(t: Translation, x: Any, dim: int, start: Any, length: Any, step: int 
     if fixed and isinstance(size, int):
         end = min(start + (length - 1) * step + 1, size) if length else start
         return t.emit(_op.strided_slice(x, axes=[dim], begin=[start], end=[end], strides=[step]))
-    return t.emitter.builder.emit_te(take, x, _int(start), _int(length))
-
-
-def _int(size: Any) -> Any:
-    return tirx.IntImm("int64", size) if isinstance(size, int) else size
+    return t.emitter.builder.emit_te(take, x, prim(start), prim(length))
 
 
 def _select(t: Translation, node: fx.Node, args: Mapping[str, Any]) -> Any:
-    dim = args["dim"] % _rank(args)
+    dim = args["dim"] % rank_of(args)
     size = t.size(args["self"].meta["val"].shape[dim])
     index = t.size(args["index"])
     if isinstance(index, int) and index < 0:
@@ -114,7 +110,7 @@ def _stack(t: Translation, node: fx.Node, args: Mapping[str, Any]) -> Any:
 
 def _split(t: Translation, node: fx.Node, args: Mapping[str, Any]) -> Any:
     """split, split_with_sizes, chunk, tensor_split and unbind: slices as long as torch says."""
-    dim = args["dim"] % _rank(args)
+    dim = args["dim"] % rank_of(args)
     x, start, parts = t.tensor(args["self"]), 0, []
     for value in node.meta["val"]:
         shape = t.sizes(list(value.shape))
@@ -127,11 +123,11 @@ def _split(t: Translation, node: fx.Node, args: Mapping[str, Any]) -> Any:
 def _roll(t: Translation, node: fx.Node, args: Mapping[str, Any]) -> Any:
     if not args["dims"]:
         return NotImplemented
-    rank = _rank(args)
+    rank = rank_of(args)
     x = t.tensor(args["self"])
     for shift, dim in zip(t.sizes(args["shifts"]), args["dims"], strict=True):
         size = shape_of(x)[dim % rank]
-        first = t.symbols.simplify(tirx.floormod(_int(-shift), _int(size)))
+        first = t.symbols.simplify(tirx.floormod(prim(-shift), prim(size)))
         rest = t.symbols.simplify(size - first)
         tail, head = sliced(t, x, dim % rank, first, rest), sliced(t, x, dim % rank, 0, first)
         x = joined(t, [tail, head], dim % rank, size)
@@ -142,7 +138,7 @@ def _pad(t: Translation, node: fx.Node, args: Mapping[str, Any]) -> Any:
     if args.get("mode", "constant") != "constant":
         return NotImplemented
     pads = t.sizes(args["pad"])
-    rank = _rank(args)
+    rank = rank_of(args)
     before, after = [0] * rank, [0] * rank
     for place in range(len(pads) // 2):
         before[rank - 1 - place], after[rank - 1 - place] = pads[2 * place], pads[2 * place + 1]
@@ -155,7 +151,7 @@ def _pad(t: Translation, node: fx.Node, args: Mapping[str, Any]) -> Any:
             before[dim], after[dim] = max(before[dim], 0), max(after[dim], 0)
     if all(isinstance(width, int) and width == 0 for width in (*before, *after)):
         return x
-    return t.emitter.builder.emit_te(_framed, x, [_int(w) for w in before], [_int(s) for s in t.shape(node)], value)
+    return t.emitter.builder.emit_te(_framed, x, [prim(w) for w in before], [prim(s) for s in t.shape(node)], value)
 
 
 def _framed(data: te.Tensor, before: Sequence[Any], shape: Sequence[Any], value: float) -> te.Tensor:
@@ -169,8 +165,8 @@ def _framed(data: te.Tensor, before: Sequence[Any], shape: Sequence[Any], value:
 
 def _unfold(t: Translation, node: fx.Node, args: Mapping[str, Any]) -> Any:
     """Windows of an axis, which become the last axis: x.unfold(dim, size, step)."""
-    dim, step = args["dimension"] % _rank(args), args["step"]
-    shape = [_int(s) for s in t.shape(node)]
+    dim, step = args["dimension"] % rank_of(args), args["step"]
+    shape = [prim(s) for s in t.shape(node)]
 
     def windows(data: te.Tensor) -> te.Tensor:
         def element(*i: Any) -> Any:
@@ -179,11 +175,6 @@ def _unfold(t: Translation, node: fx.Node, args: Mapping[str, Any]) -> Any:
         return te.compute(shape, element, name="windows")
 
     return t.emitter.builder.emit_te(windows, t.tensor(args["self"]))
-
-
-def _rank(args: Mapping[str, Any]) -> int:
-    rank: int = args["self"].meta["val"].dim()
-    return rank
 
 
 TABLE: dict[Any, Convert] = {

@@ -138,5 +138,16 @@ class Translation:
         return [self.emit(relax.TupleGetItem(result, i)) for i in range(count)]
 
 
+def prim(size: Size) -> Any:
+    """A size as an expression of TVM."""
+    return tirx.IntImm("int64", size) if isinstance(size, int) else size
+
+
+def rank_of(args: Mapping[str, Any]) -> int:
+    """How many dimensions the operand ``self`` has."""
+    rank: int = args["self"].meta["val"].dim()
+    return rank
+
+
 def _indices(shape: Sequence[Size]) -> list[Any]:
-    return [tirx.IntImm("int64", s) if isinstance(s, int) else s for s in shape]
+    return [prim(size) for size in shape]

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from tvm import tirx
 
-from moeify.backends.tvm.types import BITS
 from moeify.errors import Refused
 
 STORED = (torch.float32, torch.float16, torch.bfloat16)
+# Passed as their bits: DLPack and numpy have no agreed bfloat16, and kernels shift them anyway.
 _BITS = {torch.bfloat16: torch.uint16}
 
 
@@ -74,6 +74,6 @@ def stored_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def widened(value: Any, dtype: torch.dtype) -> Any:
     """A stored element as float32, in a kernel."""
-    if dtype in BITS:  # the upper half of the float32
+    if dtype in _BITS:  # the upper half of the float32
         return tirx.reinterpret("float32", tirx.Cast("uint32", value) << tirx.const(16, "uint32"))
     return value if dtype == torch.float32 else tirx.Cast("float32", value)

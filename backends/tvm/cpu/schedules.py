@@ -116,13 +116,14 @@ def _pointwise(sch: Any, loops: list[Any]) -> None:
 
 
 def _reduction(sch: Any, block: Any, loops: list[Any], kinds: list[str]) -> None:
-    """Spatial loops outside, then reductions; the innermost loop in vectors whichever it is."""
+    """Spatial loops outside, then reductions; vectors along the last spatial loop where memory is read in its order."""
     extents = [_extent(sch, loop) for loop in loops]
     spatial = [loop for loop, kind in zip(loops, kinds, strict=True) if kind == "spatial"]
     reduce = [loop for loop, kind in zip(loops, kinds, strict=True) if kind == "reduce"]
-    across = kinds[-1] == "spatial" and _lanes(extents[-1] or 1) > 1 and len(spatial) > 0
+    lanes = _lanes(_extent(sch, spatial[-1]) or 1) if spatial else 1
+    across = lanes > 1 and _reads_along(sch, block, loops.index(spatial[-1]))
     if across:
-        rest, vector = sch.split(loops[-1], [None, _lanes(extents[-1] or 1)])
+        rest, vector = sch.split(spatial[-1], [None, lanes])
         outer = [*spatial[:-1], rest]
         sch.reorder(*outer, *reduce, vector)
         sch.vectorize(vector)
@@ -135,6 +136,13 @@ def _reduction(sch: Any, block: Any, loops: list[Any], kinds: list[str]) -> None
         init = sch.decompose_reduction(block, reduce[0])
         if across:
             sch.vectorize(sch.get_loops(init)[-1])
+
+
+def _reads_along(sch: Any, block: Any, position: int) -> bool:
+    """Whether the block's iterator of that position is the last index of everything that it reads."""
+    found = sch.get(block)
+    variable = found.iter_vars[position].var
+    return all(read.region[-1].min.same_as(variable) for read in found.reads if read.region)
 
 
 def _worth_threads(extents: list[int | None]) -> bool:

@@ -45,11 +45,11 @@ class Sums:
             with T.vectorized(0, self.columns) as j:
                 T.buffer_store(buffer, buffer[j] + left(i) * right(j), [j])
 
-    def store(self, buffer: Any, row: Any, column: Any, width: int, value: At | None = None) -> None:
-        """Write ``width`` columns of the tile to ``buffer[row + i, column + j]``, through ``value`` where given."""
+    def store(self, buffer: Any, row: Any, column: Any, width: int) -> None:
+        """Write ``width`` columns of the tile to ``buffer[row + i, column + j]``."""
         for i in range(self.rows):
             with T.vectorized(0, width) as j:
-                T.buffer_store(buffer, value(i, j) if value else self[i, j], [row + i, column + j])
+                T.buffer_store(buffer, self[i, j], [row + i, column + j])
 
 
 def row_tiles(first: Any, last: Any, rows: int, emit: Callable[[Any, int], None]) -> None:
