@@ -6,6 +6,7 @@ Without torchrun it is one rank. The numbers do not depend on how many there are
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import typer
 from moeify.cli import options
 from moeify.cli.main import main as run_command
 from moeify.cli.output import only_json, write_json
-from moeify.errors import BadOption, MoeifyError, UnreadableFile, UsageError
+from moeify.errors import BadOption, UnreadableFile, UsageError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -25,12 +26,11 @@ if TYPE_CHECKING:
     from moeify.cli.run_summary import Answer
     from moeify.distributed.runner_data import Examples
     from moeify.distributed.runner_group import Ranks
-    from moeify.distributed.runner_loss import Language, Loss
+    from moeify.distributed.runner_loss import Loss
     from moeify.distributed.training import Saving, Schedule
+    from moeify.ir.language import Language
     from moeify.ir.program import Program
 
-_STOPPED = 143  # 128 + SIGTERM, as a shell has it
-_TEXT = (".txt", ".text", ".md")
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 
@@ -112,23 +112,19 @@ def run(
     if answer:
         write_json(answer)
     if code:
-        raise typer.Exit(code)
+        raise SystemExit(code)  # typer.Exit(130) would be taken for a Ctrl-C that ended the command at once
 
 
 def _on_ranks(work: Callable[[Ranks], int], expert_ranks: int | None, seconds: float) -> int:
     """``work`` as one of the ranks; where it fails, the others hear why."""
     from moeify.distributed import runner_group
+    from moeify.distributed.lost import telling
 
     ranks = runner_group.start(expert_ranks, seconds)
     code = None
     try:
-        code = work(ranks)
-    except MoeifyError as error:
-        ranks.groups.board.stop(ranks.rank, error.what)
-        raise
-    except Exception as error:
-        ranks.groups.board.stop(ranks.rank, f"{type(error).__name__}: {error}")
-        raise
+        with telling(ranks.groups.board, ranks.rank):
+            code = work(ranks)
     finally:
         # Where a rank has failed, the others are in the middle of an exchange: ending the process tells them.
         if code is not None or ranks.size == 1:
@@ -158,14 +154,15 @@ def _task(
     from moeify.api.load import read_graph
     from moeify.distributed import runner_data, runner_loss
     from moeify.distributed.binding import bind
+    from moeify.ir import language
 
     own = runner_loss.user_loss(loss) if loss else None  # before the model is read
     program, _ = read_graph(model)
-    found = runner_loss.language_of(program)
+    found = language.language_of(program)
     examples = _examples(program, found, data, tokenizer, sequence, seed)
     fixed = runner_data.check_fixed(program.inputs, batch, ranks.size)
     module = bind(program, ranks.groups, options=f"mode={mode}")
-    if own is None and found is not None and runner_loss.is_causal(module, program, found):
+    if own is None and found is not None and language.is_causal(module, program, found):
         return _Task(module, examples, found.loss, found.ids, fixed is not None)
     return _Task(module, examples, own, None, fixed is not None)
 
@@ -173,17 +170,18 @@ def _task(
 def _examples(
     program: Program, found: Language | None, data: Path, tokenizer: str | None, sequence: int, seed: int
 ) -> Examples:
-    from moeify.api import data as data_files
+    from moeify.data import tensors as data_files
+    from moeify.data import text
     from moeify.distributed import runner_data
 
-    if data.suffix not in _TEXT:
+    if data.suffix not in text.SUFFIXES:
         tensors = data_files.tensors(data)
         inputs = data_files.fit(tensors, program.inputs, str(data))
         named = {spec.name: tensor for spec, tensor in zip(program.inputs, inputs)}
         more = tensors if isinstance(tensors, dict) else {}
         return runner_data.from_tensors({**more, **named}, program.inputs, str(data), seed)
     if tokenizer is None:
-        raise UsageError(f"{data} is a text", hint=f"say how to cut it: --tokenizer FOLDER, or {runner_data.BYTES}")
+        raise UsageError(f"{data} is a text", hint=f"say how to cut it: --tokenizer FOLDER, or {text.BYTES}")
     if found is None:
         raise BadOption(f"{data} is a text, and the model is no language model", hint="give tensors by input name")
     return runner_data.from_text(data, tokenizer, sequence, program.inputs, found.ids, found.vocabulary, seed)
@@ -198,7 +196,13 @@ def _train(task: _Task, ranks: Ranks, schedule: Schedule, saving: Saving | None,
     with Watch(ranks, schedule.steps, answer) as watch:
         made = training.train(task.module, ranks, task.examples, task.loss, schedule, saving, done=watch.step)
     watch.trained(made, task.tokens(schedule.batch))
-    return _STOPPED if made.stopped else 0
+    return _stopped(made.stopped) if made.stopped else 0
+
+
+def _stopped(by: str) -> int:
+    """128 + the number of the signal, as a shell has it. A rank that another one's signal ends was asked to end, as by
+    SIGTERM: 143."""
+    return 128 + signal.Signals.__members__.get(by, signal.SIGTERM)
 
 
 def _evaluate(
@@ -211,11 +215,10 @@ def _evaluate(
     if saving is not None and saving.resume:
         source = _last(saving.folder)
         checkpoint.load(task.module, ranks.mesh, source)
-    wanted = outputs is not None or task.loss is None
     with Watch(ranks, -(-task.examples.count // batch), answer) as watch:
         made, gathered = runner_forward.evaluate(
             task.module, ranks, task.examples, task.loss, batch,
-            whole_batches=task.fixed, ids=task.ids, outputs=wanted, done=watch.batch,
+            whole_batches=task.fixed, ids=task.ids, outputs=outputs is not None, done=watch.batch,
         )  # fmt: skip
     if outputs is not None and ranks.rank == 0:
         from safetensors.torch import save_file
@@ -255,9 +258,12 @@ def _last(checkpoints: Path) -> Path:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """One rank's exit code."""
+    """One rank's exit code: that of the command line, or 128 + N for training that signal N ended after a step."""
     rank = int(os.environ["RANK"]) if "RANK" in os.environ else None
-    return run_command(arguments, app, "python -m moeify.run", rank)
+    try:
+        return run_command(arguments, app, "python -m moeify.run", rank)
+    except SystemExit as stopped:
+        return int(stopped.code or 0)
 
 
 if __name__ == "__main__":

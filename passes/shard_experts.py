@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import ClassVar
 
 import torch
@@ -16,11 +15,9 @@ from moeify.ir.expert_calls import ExpertCall, expert_calls, tag_untagged
 from moeify.ir.metadata import tag
 from moeify.ir.program import Program
 from moeify.ir.reexport import check_by_export
-from moeify.ir.sharding import KEY, ShardedBlock, Sharding, cut, fitting_ranks, sharding, share
+from moeify.ir.sharding import KEY, MODES, ShardedBlock, Sharding, capacity, cut, fitting_ranks, sharding, share
 from moeify.passes.lower_experts import LowerExperts
 from moeify.pipeline.base import Log, Pass
-
-_MODES = ("dropless", "capacity")
 
 
 @dataclass(frozen=True)
@@ -43,7 +40,8 @@ class ShardExperts(Pass):
     together.
 
     ``rank`` says whose weights stay here: stacked weights become recipes of that rank's experts. The graph does not
-    depend on it. Weights that several calls share are cut once. The result is exported again as a check of its shapes.
+    depend on it. Weights that several calls share are cut once. The result is exported again as a ``check`` of its
+    shapes, which is the same for every rank.
 
     Raises NotDivisible in capacity mode for a block whose experts the ranks do not divide, Refused for a program
     without experts, one that is sharded already, or one whose graph cannot take rows of another number.
@@ -56,13 +54,15 @@ class ShardExperts(Pass):
     mode: str = "dropless"
     factor: float = 1.25
     tokens: int = 0
+    check: bool = True
 
     def apply(self, program: Program, log: Log) -> None:
         self.rewrite(program, log)
-        check_by_export(program)
+        if self.check:
+            check_by_export(program)
 
     def rewrite(self, program: Program, log: Log) -> None:
-        """All but the check by export, which is the same for every rank."""
+        """All but the check by export."""
         self._check(program)
         tag_untagged(program)
         LowerExperts().apply(program, Log())
@@ -88,10 +88,11 @@ class ShardExperts(Pass):
     def _check(self, program: Program) -> None:
         if self.ranks < 1 or not 0 <= self.rank < self.ranks:
             raise BadOption(f"shard-experts: there is no rank {self.rank} of {self.ranks}")
-        if self.mode not in _MODES:
-            raise BadOption(f"shard-experts: there is no mode {self.mode!r}", hint="choose dropless or capacity")
+        if self.mode not in MODES:
+            raise BadOption(f"shard-experts: there is no mode {self.mode!r}", hint=f"choose {' or '.join(MODES)}")
         if self.factor <= 0 or self.tokens < 0:
-            raise BadOption(f"shard-experts: factor {self.factor} and tokens {self.tokens} must be positive")
+            what = f"factor {self.factor} must be positive and tokens {self.tokens} not negative"
+            raise BadOption(f"shard-experts: {what}", hint="tokens=0 means those of the example input")
         done = sharding(program)
         if done is not None:
             raise Refused(f"the program is sharded over {done.ranks} ranks already", hint="start from the whole one")
@@ -116,9 +117,9 @@ class ShardExperts(Pass):
         if self.mode == "dropless":
             there = exchange_nodes.dropless(emit, call, self.ranks)
         else:
-            capacity = self._capacity(call)
-            there = exchange_nodes.with_capacity(emit, call, self.ranks, capacity)
-            log(f"{call.block}: buffers of {capacity} rows from each rank to each expert")
+            size = capacity(self._rows(call), call.num_experts, self.factor)
+            there = exchange_nodes.with_capacity(emit, call, self.ranks, size)
+            log(f"{call.block}: buffers of {size} rows from each rank to each expert")
         moved = {call.rows: there.rows, call.counts: there.counts}
         for node in call.inside:
             for old, new in moved.items():
@@ -129,20 +130,19 @@ class ShardExperts(Pass):
         assert isinstance(out, torch.fx.Node)
         call.unpermute.update_arg(0, there.back(emit, out))
 
-    def _capacity(self, call: ExpertCall) -> int:
-        rows = self.tokens * call.top_k
-        if not self.tokens:
-            size = call.rows.meta["val"].shape[0]
-            rows = size if isinstance(size, int) else size.node.hint
-        return max(1, -(-(Fraction(str(self.factor)) * rows) // call.num_experts))
+    def _rows(self, call: ExpertCall) -> int:
+        """Of one rank in one call."""
+        if self.tokens:
+            return self.tokens * call.top_k
+        size = call.rows.meta["val"].shape[0]
+        return size if isinstance(size, int) else int(size.node.hint)
 
 
 def _blocks(calls: list[ExpertCall]) -> dict[str, ShardedBlock]:
     found: dict[str, ShardedBlock] = {}
     for call in calls:
         names = tuple(str(weight.target) for weight in call.weights)
-        dtype = str(call.rows.meta["val"].dtype).removeprefix("torch.")
-        found.setdefault(call.block, ShardedBlock(call.block, call.num_experts, call.width, call.top_k, dtype, names))
+        found.setdefault(call.block, ShardedBlock(call.block, call.num_experts, call.width, call.top_k, names))
     return found
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +12,16 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageWriter
 from torch.distributed.device_mesh import DeviceMesh
 
-from moeify.distributed import checkpoint, checkpoint_whole
-from moeify.distributed.binding import bind
+from moeify.distributed import checkpoint, checkpoint_tensors
+from moeify.distributed.binding import bind, binding_of
 from moeify.distributed.gradients import sync_gradients
+from moeify.distributed.processes import SECONDS
 from moeify.ir.modes import TrainableGraph
 from moeify.ir.program import Program
 from tests import rank_work, sharded
 
 RATE = 1e-3
+_MORE = 4.0  # seconds that a rank stays away beyond what the other one waits for it
 
 
 def program(**recipe: Any) -> Program:
@@ -58,19 +62,43 @@ def load(mesh: DeviceMesh, found: Path, recipe: dict[str, Any]) -> str:
     return "loaded"
 
 
-def load_whole(mesh: DeviceMesh, file: Path) -> dict[str, Tensor]:
-    module = bind(rank_work.part(mesh, program()), mesh)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.zero_()
-    checkpoint_whole.load_file(module, file)
-    return {name: p.detach() for name, p in module.named_parameters()}
+def load_own(mesh: DeviceMesh, places: list[Path]) -> str:
+    """Each rank reads what lies under its own name for the folder."""
+    return load(mesh, places[mesh.get_rank()], {})
+
+
+def load_alone(mesh: DeviceMesh, found: Path, fault: str, seconds: float = SECONDS) -> None:
+    """The last rank goes wrong where the other one loads."""
+    module = bind(rank_work.part(mesh, program()), mesh, timeout=seconds)
+    if _is_last():
+        if fault == "absent":
+            time.sleep(seconds + _MORE)
+            return
+        if fault == "stops":
+            binding_of(module).groups.board.stop(mesh.get_rank(), "the data ended")
+            raise ValueError("the data ended")
+        checkpoint_tensors.state_of = _fails
+    checkpoint.load(module, mesh, found)
+
+
+def save_alone(mesh: DeviceMesh, folder: Path, fault: str, seconds: float = SECONDS) -> None:
+    """The last rank goes wrong while the other one saves."""
+    module = bind(rank_work.part(mesh, program()), mesh, timeout=seconds)
+    if _is_last():
+        if fault == "raises":
+            checkpoint_tensors.state_of = _fails
+        else:
+            HuggingFaceStorageWriter.write_data = {  # type: ignore[method-assign]
+                "hangs": lambda *_: time.sleep(seconds + _MORE),
+                "is killed": lambda *_: os.kill(os.getpid(), 9),
+            }[fault]
+    checkpoint.save(module, mesh, folder, 9)
 
 
 def disk_full(mesh: DeviceMesh, folder: Path) -> None:
     """The disk of the last rank is full."""
     module = bind(rank_work.part(mesh, program()), mesh)
-    if torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
+    if _is_last():
         HuggingFaceStorageWriter.write_data = _no_space  # type: ignore[method-assign]
     checkpoint.save(module, mesh, folder, 9)
 
@@ -78,7 +106,7 @@ def disk_full(mesh: DeviceMesh, folder: Path) -> None:
 def diverged(mesh: DeviceMesh, folder: Path) -> None:
     """An expert of the last rank has become NaN."""
     module = bind(rank_work.part(mesh, program()), mesh)
-    if torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
+    if _is_last():
         name = next(name for name, _ in module.named_parameters() if name.endswith("experts.up"))
         with torch.no_grad():
             module.get_parameter(name)[0, 0, 0] = float("nan")
@@ -101,6 +129,14 @@ def _step(module: nn.Module, optimizer: torch.optim.Optimizer, step: int, bound:
     if bound:
         sync_gradients(module)
     optimizer.step()
+
+
+def _is_last() -> bool:
+    return torch.distributed.get_rank() == torch.distributed.get_world_size() - 1
+
+
+def _fails(*_: Any) -> Any:
+    raise ValueError("no such luck")
 
 
 def _no_space(*_: Any, **__: Any) -> Any:

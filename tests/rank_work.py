@@ -4,7 +4,7 @@ them."""
 from __future__ import annotations
 
 import os
-import time
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,11 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from moeify.api.load import read_graph
+from moeify.distributed import checkpoint
 from moeify.distributed.binding import bind, binding_of
 from moeify.distributed.fsdp import fully_shard
 from moeify.distributed.gradients import clip_gradients, gradient_norm, sync_gradients
+from moeify.errors import DistributedError, MoeifyError
 from moeify.ir.program import Program, flat
 from moeify.pipeline.runner import run
 from tests import programs, sharded
@@ -26,15 +28,21 @@ STEPS = 5
 RATE = 1e-2
 
 
-def fresh(**recipe: Any) -> Program:
+def two_layers(**recipe: Any) -> Program:
+    return programs.gated(2, **recipe)
+
+
+def fresh(make: Callable[..., Program] = two_layers, **recipe: Any) -> Program:
     """A routed program whose weights differ, the same in every process."""
     torch.manual_seed(0)
-    made = programs.gated(2, **recipe)
+    made = make(**recipe)
     routed(made)
     return sharded.distinct(made)
 
 
 PROGRAM = fresh(experts=4)
+SWITCH = fresh(experts=4, router="switch", top_k=1)
+FLOATS = fresh(programs.images, experts=4)
 
 
 def tokens(rank: int, step: int = 0) -> Tensor:
@@ -136,39 +144,72 @@ def fsdp(mesh: DeviceMesh) -> tuple[sharded.Result, float]:
     return sharded.Result(output.detach(), gradients), norm
 
 
-def fault(mesh: DeviceMesh, kind: str, seconds: float) -> str:
-    """One rank goes wrong. Returns what the first exchange after that gave, for kinds that go on."""
-    rank, odd = torch.distributed.get_rank(), torch.distributed.get_world_size() - 1
-    program = part(mesh)
-    if rank == odd and kind == "another graph":
-        program = part(mesh, fresh(experts=4, router="switch", top_k=1))
-    if rank == odd and kind == "another dtype":
-        program.graph_module.bfloat16()
-    if kind == "another world size" or (rank == odd and kind == "one with another world size"):
-        program = part(mesh, ranks=4, rank=mesh.get_local_rank("ep"))
-    if rank == odd and kind == "another rank's experts":
-        program = part(mesh, rank=0)
+def fault(mesh: DeviceMesh, kind: str, wrong: tuple[int, ...], seconds: float, folder: Path) -> str:
+    """The ranks ``wrong`` go wrong. Returns only for kinds that are no fault."""
+    rank = torch.distributed.get_rank()
+    odd = rank in wrong
+    program = part(mesh, FLOATS) if kind == "NaN input" else part(mesh)
     torch.distributed.barrier()  # from here on, time counts
-    if rank == odd and kind == "absent":
-        time.sleep(seconds + 3)
-        return "slept"
+    if odd and kind == "absent":
+        _hang()
     module = bind(program, mesh, timeout=seconds)
-    output = module(tokens(rank))
-    if rank == odd and kind == "killed":
-        os.kill(os.getpid(), 9)
-    if rank == odd and kind == "hanging":
-        time.sleep(seconds + 3)
-        return "slept"
-    if rank == odd and kind == "raises":
+    x = torch.randn(1, programs.D, 2, 3) if kind == "NaN input" else tokens(rank)
+    module(x)
+    checkpoint.save(module, mesh, folder, 1)
+    if odd and kind in ("killed", "two killed", "killed with the store"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    if odd and kind == "hanging":
+        _hang()
+    if odd and kind == "raises":
         binding_of(module).groups.board.stop(rank, "the data ended")
-        raise ValueError("the data ended")
-    ids = tokens(rank) if kind != "no tokens" or rank != odd else torch.zeros(2, 0, dtype=torch.int64)
-    output = module(ids)
-    if rank == odd and kind == "killed in backward":
-        os.kill(os.getpid(), 9)
-    loss = sharded.loss_of(output)
-    if rank == odd and kind == "NaN":
+        _hang()
+    if odd and kind == "NaN input":
+        x[0, 0, 0, 0] = float("nan")
+    if odd and kind == "no tokens":
+        x = torch.zeros(2, 0, dtype=torch.int64)
+    loss = sharded.loss_of(module(x))
+    if odd and kind == "killed in backward":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if odd and kind == "NaN loss":
         loss = loss * float("nan")
     loss.backward()
     sync_gradients(module)
     return "went on"
+
+
+def differing(mesh: DeviceMesh, kinds: list[str]) -> dict[str, str]:
+    """What bind says when the last rank, or every one, has come with the wrong program. One after the other."""
+    rank = torch.distributed.get_rank()
+    odd = rank == mesh.size() - 1
+    said = {}
+    for kind in kinds:
+        program = part(mesh)
+        if odd and kind == "another graph":
+            program = part(mesh, SWITCH)
+        if odd and kind == "another dtype":
+            program.graph_module.bfloat16()
+        if kind == "another world size" or (odd and kind == "one with another world size"):
+            program = part(mesh, ranks=4, rank=rank)
+        if odd and kind == "another rank's experts":
+            program = part(mesh, rank=0)
+        try:
+            bind(program, mesh)
+        except DistributedError as error:
+            said[kind] = str(error)
+    return said
+
+
+def _hang() -> None:
+    """Neither runs nor ends, until it is killed."""
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def binding_again(mesh: DeviceMesh) -> tuple[str, sharded.Result]:
+    """A bind that fails on the last rank before it meets the others, and one that does not."""
+    rank, last = torch.distributed.get_rank(), mesh.size() - 1
+    try:
+        bind(part(mesh) if rank != last else PROGRAM.clone(), mesh, options="mode=none")
+        raise AssertionError("bound")
+    except MoeifyError as error:
+        said = str(error)
+    return said, sharded.on_rank(part(mesh), mesh, tokens(rank))

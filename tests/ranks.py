@@ -7,7 +7,7 @@ import multiprocessing
 import pickle
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -32,30 +32,40 @@ class Outcome:
 
 
 def run(
-    work: Callable[..., Any], size: int, folder: Path, *args: Any, ep: int = 0, seconds: float = 180
+    work: Callable[..., Any],
+    size: int,
+    folder: Path,
+    *args: Any,
+    ep: int = 0,
+    seconds: float = 180,
+    stuck: Collection[int] = (),
+    first_holds_store: bool = False,
 ) -> list[Outcome]:
     """``work(mesh, *args)`` in ``size`` processes on a mesh of ``ep`` columns (all of them by default).
 
-    A process that has not ended after ``seconds`` is killed, and its exit code is None.
+    A process that has not ended after ``seconds`` is killed, and its exit code is None. Those that are ``stuck`` are
+    killed when the others have ended. With ``first_holds_store`` the store ends with rank 0.
     """
     folder.mkdir(exist_ok=True)
     shape = (size,) if ep in (0, size) else (size // ep, ep)
-    processes = [_CONTEXT.Process(target=_one, args=(work, rank, size, shape, folder, args)) for rank in range(size)]
+    more = (shape, folder, first_holds_store, args)
+    processes = [_CONTEXT.Process(target=_one, args=(work, rank, size, *more)) for rank in range(size)]
     for process in processes:
         process.start()
     deadline = time.monotonic() + seconds
-    outcomes = []
-    for rank, process in enumerate(processes):
-        process.join(max(0.0, deadline - time.monotonic()))
+    outcomes = {}
+    for rank in sorted(range(size), key=lambda rank: rank in stuck):
+        process = processes[rank]
+        process.join(0 if rank in stuck else max(0.0, deadline - time.monotonic()))
         if process.exitcode is None:
             process.kill()
             process.join()
-            outcomes.append(Outcome(None))
+            outcomes[rank] = Outcome(None)
             continue
         written = folder / f"{rank}.pickle"
         found = pickle.loads(written.read_bytes()) if written.exists() else {}
-        outcomes.append(Outcome(process.exitcode, **found))
-    return outcomes
+        outcomes[rank] = Outcome(process.exitcode, **found)
+    return [outcomes[rank] for rank in range(size)]
 
 
 def results(outcomes: list[Outcome]) -> list[Any]:
@@ -65,10 +75,18 @@ def results(outcomes: list[Outcome]) -> list[Any]:
     return [outcome.result for outcome in outcomes]
 
 
-def _one(work: Callable[..., Any], rank: int, size: int, shape: tuple[int, ...], folder: Path, args: Any) -> None:
+def _one(
+    work: Callable[..., Any],
+    rank: int,
+    size: int,
+    shape: tuple[int, ...],
+    folder: Path,
+    first_holds_store: bool,
+    args: Any,
+) -> None:
     torch.set_num_threads(1)
-    store = f"file://{folder}/store"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size, timeout=timedelta(seconds=120))
+    store = _store_of_first(rank, folder) if first_holds_store else dist.FileStore(str(folder / "store"), size)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=120))
     mesh: DeviceMesh = init_device_mesh("cpu", shape, mesh_dim_names=("dp", "ep")[-len(shape) :])
     try:
         found = {"result": work(mesh, *args)}
@@ -81,3 +99,16 @@ def _one(work: Callable[..., Any], rank: int, size: int, shape: tuple[int, ...],
     (folder / f"{rank}.pickle").write_bytes(pickle.dumps(found))
     dist.barrier()
     dist.destroy_process_group()
+
+
+def _store_of_first(rank: int, folder: Path) -> dist.Store:
+    """Without torchrun it is rank 0 that holds the store. The system chooses the port."""
+    told = folder / "port"
+    if rank == 0:
+        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        (folder / "port.part").write_text(str(store.port))
+        (folder / "port.part").rename(told)
+        return store
+    while not told.exists():
+        time.sleep(0.01)
+    return dist.TCPStore("127.0.0.1", int(told.read_text()), is_master=False)

@@ -7,7 +7,6 @@ import io
 import json
 import os
 import signal
-import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from moeify.run import main
 from tests.ranks import _CONTEXT
@@ -36,7 +36,7 @@ def run(
     size: int,
     folder: Path,
     *arguments: object,
-    seconds: float = 120,
+    seconds: float = 300,
     disturb: Callable[[list[Any]], None] = lambda processes: None,
 ) -> list[Ended]:
     """The runner on ``size`` ranks, or on one in this process; ``disturb`` gets the processes when started."""
@@ -44,8 +44,9 @@ def run(
     if size == 1:
         return [_here(words)]
     folder.mkdir(parents=True, exist_ok=True)
-    port = _free_port()
-    processes = [_CONTEXT.Process(target=_one, args=(words, rank, size, port, folder)) for rank in range(size)]
+    # Here as in torchrun's own process: on a port that the system chooses.
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    processes = [_CONTEXT.Process(target=_one, args=(words, rank, size, store.port, folder)) for rank in range(size)]
     for process in processes:
         process.start()
     disturb(processes)
@@ -66,7 +67,7 @@ def when_exists(path: Path, act: Callable[[list[Any]], None]) -> Callable[[list[
     """A disturbance that waits for a file or folder first."""
 
     def disturb(processes: list[Any]) -> None:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 180
         while not path.exists() and any(process.is_alive() for process in processes):
             assert time.monotonic() < deadline, f"{path} did not come"
             time.sleep(0.01)
@@ -79,16 +80,10 @@ def kill(rank: int, number: int = signal.SIGKILL) -> Callable[[list[Any]], None]
     return lambda processes: os.kill(processes[rank].pid, number)
 
 
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
 def _one(words: list[str], rank: int, size: int, port: int, folder: Path) -> None:
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank))
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="True")
     ended = _here(words)
     (folder / f"{rank}.out").write_text(ended.out)
     (folder / f"{rank}.err").write_text(ended.err)

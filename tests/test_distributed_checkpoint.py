@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from moeify.distributed import checkpoint_folder, checkpoint_whole
-from moeify.errors import MoeifyError, UnreadableFile
+from moeify.errors import MoeifyError
 from tests import checkpoint_work as work
 from tests import ranks, sharded
 
@@ -51,14 +51,8 @@ def test_one_file_and_back(tmp_path: Path) -> None:
     program = work.program()
     checkpoint_whole.load_program(program, found)
     compare({name: p.detach() for name, p in program.graph_module.named_parameters()}, 1)
-    experts = sharded.experts_of(program)
     for name, value in program.graph_module.named_parameters():
         assert torch.equal(whole[name], value), name
-    for rank, part in enumerate(
-        ranks.results(ranks.run(work.load_whole, 2, tmp_path / "back", tmp_path / "whole.safetensors"))
-    ):
-        for name, value in part.items():
-            assert torch.equal(value, whole[name][2 * rank :][:2] if name in experts else whole[name]), name
 
 
 def test_older_checkpoints_go(tmp_path: Path) -> None:
@@ -88,7 +82,8 @@ WRONG = {
     "diverged": (
         "NonFiniteWeights",
         (
-            "the weights after step 9 hold NaN or infinity on rank 1; they were not saved\n"
+            "the weights after step 9 hold NaN or infinity; they were not saved\n"
+            "  at: rank 1\n"
             "  hint: go on from the checkpoint before, with a smaller learning rate"
         ),
     ),
@@ -161,8 +156,55 @@ def test_damage(two: Path, tmp_path: Path, damage) -> None:
     assert DAMAGE[damage] in str(caught.value)
 
 
-def test_a_file_that_is_no_safetensors(tmp_path: Path) -> None:
-    file = tmp_path / "whole.safetensors"
-    file.write_bytes(b"nothing")
-    outcome = ranks.run(work.load_whole, 1, tmp_path / "back", file)[0]
-    assert (outcome.kind, outcome.error.partition(":")[0]) == (UnreadableFile.__name__, f"cannot read {file}")
+@pytest.mark.parametrize("damage", DAMAGE, ids=lambda function: function.__name__)
+def test_damage_that_one_rank_alone_sees(two: Path, tmp_path: Path, damage) -> None:
+    own = tmp_path / two.name
+    shutil.copytree(two, own)
+    damage(own)
+    outcomes = ranks.run(work.load_own, 2, tmp_path / "load", [two, own])
+    assert [outcome.kind for outcome in outcomes] == ["UnreadableFile"] * 2
+    assert outcomes[0].error == outcomes[1].error
+    assert DAMAGE[damage] in outcomes[0].error
+    assert "\n  at: rank 1" in outcomes[0].error
+
+
+def test_ranks_that_read_different_steps(two: Path, tmp_path: Path) -> None:
+    own = tmp_path / two.name
+    shutil.copytree(two, own)
+    state = json.loads((own / "state.json").read_text())
+    (own / "state.json").write_text(json.dumps({**state, "step": 3}))
+    for outcome in ranks.run(work.load_own, 2, tmp_path / "load", [two, own]):
+        assert (outcome.kind, outcome.error) == (
+            "RanksDiffer",
+            (
+                "the ranks do not agree: step 1 on rank 0 and step 3 on rank 1\n"
+                "  hint: give every rank the same files and options"
+            ),
+        )
+
+
+RAISES = "ValueError: no such luck\n  at: checkpoint, rank 1\n  hint: look at the log of that rank"
+LATE = (
+    "rank 1 did not come to the end of the checkpoint within 8 s\n  at: checkpoint\n  hint: look at the log of rank 1"
+)
+STOPS = "rank 1 stopped: the data ended\n  at: checkpoint\n  hint: cure rank 1 and start again"
+ALONE = {  # what rank 1 does: the text of rank 0
+    ("load_alone", "raises"): RAISES,
+    ("load_alone", "absent"): LATE,
+    ("load_alone", "stops"): STOPS,
+    ("save_alone", "raises"): RAISES,
+    ("save_alone", "hangs"): "rank 1 did not come to an exchange within 8 s\n  at: checkpoint\n",
+    ("save_alone", "is killed"): "rank 1 ended during an exchange\n  at: checkpoint\n",
+}
+
+
+@pytest.mark.parametrize(("function", "fault"), ALONE)
+def test_one_rank_goes_wrong(two: Path, tmp_path: Path, function: str, fault: str) -> None:
+    """The other one hears of it, and does not wait longer than bind was told."""
+    place = two if function == "load_alone" else tmp_path / "kept"
+    first, second = ranks.run(getattr(work, function), 2, tmp_path / "ranks", place, fault, 8.0)
+    assert (first.code, first.kind) == (1, "RankLost")
+    assert first.error.startswith(ALONE[function, fault])
+    if fault == "raises":
+        assert (second.kind, second.error) == (first.kind, first.error)
+    assert checkpoint_folder.latest(tmp_path / "kept") is None

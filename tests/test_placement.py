@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 
 import numpy
 import pytest
@@ -110,7 +111,7 @@ def test_measured_loads_are_what_the_router_chose(tmp_path):
     # 2 batches of 2 x 5 tokens, 2 calls, 2 experts each
     assert sum(counted["layers.1"]) == 2 * 10 * 2 * 2
     file = tmp_path / "loads.json"
-    file.write_text(load_files.write(counted))
+    file.write_text(json.dumps({"loads": counted}))
     assert load_files.read(file) == counted
 
 

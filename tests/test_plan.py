@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 
 from moeify.api.load import load, read_graph
+from moeify.cli import scaling_chart
 from moeify.cli.main import main
 from moeify.distributed import network
 from moeify.distributed.labels import ASSUMED, GIVEN, MEASURED, Figure, weakest
@@ -163,10 +165,13 @@ def test_uneven_experts_and_ranks_without_any():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"devices": 0}, "devices is 0: it must be a positive whole number"),
+        ({"devices": 0}, "devices is 0: it must be a whole number of at least 1"),
+        ({"devices": 8, "tokens": Figure(2.5)}, "tokens is 2.5: it must be a whole number of at least 1"),
+        ({"devices": 8, "extra": -1}, "extra is -1: it must be a whole number of at least 0"),
         ({"devices": 12}, "12 devices do not fill nodes of 8"),
         ({"devices": 8, "mode": "dense"}, "there is no mode 'dense'"),
-        ({"devices": 8, "skew": Figure(-1.0)}, "skew is -1: it must be a finite positive number"),
+        ({"devices": 8, "skew": Figure(-1.0)}, "skew is -1: it must be a number of at least 0"),
+        ({"devices": 8, "capacity_factor": Figure(0.0)}, "capacity-factor is 0: it must be a finite positive number"),
     ],
 )
 def test_settings_that_make_no_sense(fields, message):
@@ -218,12 +223,77 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-def numbers(value: Any) -> list[dict[str, Any]]:
-    """Every figure of a plan's JSON; whatever else is a number there would have no source."""
-    if isinstance(value, dict) and set(value) == {"value", "unit", "source"}:
-        return [value]
-    found = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return [figure for entry in found for figure in numbers(entry)]
+def sources(value: Any, place: str = "plan") -> dict[str, str]:
+    """The source of every number of a plan's JSON by its place. Fails for a number without one."""
+    if isinstance(value, dict) and "value" in value:
+        assert set(value) == {"value", "unit", "source"}, place
+        assert value["source"] in ("measured", "given", "assumed"), place
+        return {place: value["source"]}
+    assert value is None or isinstance(value, (dict, list, str, bool)), f"{place} is a number without a source"
+    entries = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return {at: source for name, entry in entries for at, source in sources(entry, f"{place}.{name}").items()}
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"ranks": 8}, {"share": [0.5]}, {"a": {"value": 1, "unit": ""}}, {"value": 1, "unit": "", "source": "hearsay"}],
+)
+def test_a_number_without_a_source_is_noticed(wrong):
+    with pytest.raises(AssertionError):
+        sources(wrong)
+
+
+SIZES = dict.fromkeys(("calls", "d_model", "d_expert", "experts", "top_k"), "measured")
+COUNTED = dict.fromkeys(("parameters", "active_parameters", "flops_per_token"), "measured")
+EXCHANGES = ("exchange_flat", "exchange_hierarchical", "exchange_deduplicated")
+FORWARD = (
+    "exchange_buffers_per_rank", "rows_per_expert", *EXCHANGES, "compute", "exchange_over_compute", "imbalance",
+    "imbalance_placed", "imbalance_with_copies", "token_budget",
+)  # fmt: skip
+
+
+def block_sources(load: str, compute: str, links: str) -> dict[str, str]:
+    """Of a block whose tokens and loads, arithmetic and links are known so well."""
+    worst = "assumed" if "assumed" in (load, compute, links) else "given"
+    forward = {
+        **COUNTED, **dict.fromkeys(FORWARD, load), **dict.fromkeys(EXCHANGES, links), "compute": compute,
+        "exchange_over_compute": worst, "token_budget": worst, "weights_per_rank": "given", "drop_share": "given",
+        "training_state_per_rank": "assumed", "bytes_per_token": "given",
+    }  # fmt: skip
+    both = ("flops_per_token", "bytes_per_token", *EXCHANGES, "compute", "exchange_over_compute")
+    found = {f"forward.{name}": source for name, source in forward.items()}
+    return {**SIZES, **found, **{f"backward.{name}": forward[name] for name in both}}
+
+
+def test_every_number_of_the_command_has_its_source(converted: Path, capsys, tmp_path: Path):
+    """With what the default knows, and with everything said."""
+    command = ["plan", str(converted), "--devices", "8", "--json"]
+    assert main(command) == 0
+    found = sources(json.loads(capsys.readouterr().out))
+    block = {at: source for at, source in found.items() if at.startswith("plan.blocks.0.")}
+    expected = block_sources("assumed", "assumed", "assumed")
+    assert block == {f"plan.blocks.0.{name}": source for name, source in expected.items()}
+    assert {at: s for at, s in found.items() if at.startswith("plan.machine.")} == {
+        f"plan.machine.{name}": "assumed" for name in network.UNITS
+    }
+    assert {at: s for at, s in found.items() if at.count(".") == 1} == {
+        "plan.devices": "given", "plan.per_node": "assumed", "plan.expert_ranks": "given", "plan.replicas": "given",
+        "plan.tokens": "assumed",
+    }  # fmt: skip
+    loads = tmp_path / "loads.json"
+    loads.write_text(json.dumps({"loads": {"layers.0.linear1": [9, 1, 1, 1]}}))
+    machine = ("bandwidth", "latency", "intra-bandwidth", "intra-latency", "peak", "memory-bandwidth", "memory")
+    said = [text for name in (*machine, "tokens", "per-node") for text in (f"--{name}", "8")]
+    assert main([*command, *said, "--loads", str(loads)]) == 0
+    found = sources(json.loads(capsys.readouterr().out))
+    block = {at: source for at, source in found.items() if at.startswith("plan.blocks.0.")}
+    expected = block_sources("given", "given", "given")
+    assert block == {f"plan.blocks.0.{name}": source for name, source in expected.items()}
+    assert {source for at, source in found.items() if at.startswith(("plan.machine.", "plan.scaling."))} == {"given"}
+    # The state of the optimizer, what fits beside it, and a law that was fitted elsewhere.
+    assert {at.rpartition(".")[2] for at, source in found.items() if source == "assumed"} == {
+        "training_state_per_rank", "tokens_that_fit", "effective", "cutoff",
+    }  # fmt: skip
 
 
 def test_command(converted: Path, capsys, tmp_path: Path):
@@ -234,9 +304,25 @@ def test_command(converted: Path, capsys, tmp_path: Path):
     assert made["machine"]["bandwidth"] == {"value": 25e9, "unit": "B/s", "source": "given"}
     assert made["machine"]["peak"]["source"] == "assumed"
     assert len(made["scaling"]) == 10
-    assert {figure["source"] for figure in numbers(made)} == {"measured", "given", "assumed"}
     assert all("does not predict" in one["caveat"] for one in made["effective"])
-    assert plot.read_text().startswith("<?xml")
+    # Four experts fit in a node, where all exchanges are one: so are their lines.
+    assert drawn(plot) == ["compute", "exchange, flat = hierarchical = deduplicated"]
+
+
+def drawn(plot: Path) -> list[str]:
+    """The lines that the legend of an SVG names, which matplotlib writes as comments."""
+    text = plot.read_text()
+    assert text.startswith("<?xml")
+    return [
+        words for words in re.findall(r"<!-- (.*?) -->", text) if words == "compute" or words.startswith("exchange,")
+    ]
+
+
+def test_lines_of_the_plot_that_part(tmp_path: Path):
+    plot = tmp_path / "scaling.svg"
+    many = dataclasses.replace(MIXTURE, experts=64, top_k=4)
+    scaling_chart.draw(make_plan(dataclasses.replace(MODEL, mixtures=(many,)), Setting(64)), plot)
+    assert drawn(plot) == ["compute", *(f"exchange, {name}" for name in ("flat", "hierarchical", "deduplicated"))]
 
 
 def test_screen(converted: Path, capsys, monkeypatch):
@@ -256,7 +342,9 @@ def test_measured_loads_place_the_experts_and_the_function_stays(converted: Path
     assert main(["plan", str(converted), *flags]) == 0
     made = json.loads(capsys.readouterr().out)
     assert made["blocks"][0]["forward"]["imbalance"]["source"] == "assumed"  # tokens and nodes are
-    assert all(1 <= line["after"] <= line["before"] for line in made["placed"])
+    (line,) = made["placed"]
+    assert 1 <= line["after"]["value"] <= line["before"]["value"]
+    assert line["after"]["source"] == line["before"]["source"] == "measured"
     x = torch.randn(3, 5, 16)
     before, after = load(converted), load(output)
     with torch.no_grad():
@@ -297,6 +385,7 @@ def test_a_dense_folder_needs_no_weights(tmp_path: Path, capsys):
     [
         (["--dtype", "int8"], "there is no type 'int8' here"),
         (["--bandwidth", "0"], "bandwidth is 0: it must be a positive number"),
+        (["--latency", "-1"], "latency is -1e-06: it must be a number of at least 0"),
         (["--write", "x.pt2"], "placing experts needs loads"),
         (["--loads", "a.json", "--data", "b.pt"], "loads are given and are to be measured too"),
     ],

@@ -13,6 +13,7 @@ from moeify.distributed.cost import Group, Link
 from moeify.distributed.effective import LAWS, effective_parameters
 from moeify.distributed.placement import Placement, in_order
 from moeify.errors import BadOption
+from moeify.ir.sharding import capacity
 
 INTRA, INTER = Link(1e-6, 100e9), Link(1e-5, 10e9)
 
@@ -97,10 +98,17 @@ def test_dropped_rows_sum_the_binomial(tokens, factor, shares):
 def test_dropped_rows_of_many_tokens_are_those_of_a_draw():
     shares, tokens = routing.zipf(64, 0.8, 2), 20000
     rows = numpy.random.default_rng(0).binomial(tokens, shares * 2, size=(200, 64))
-    limit = routing.capacity(tokens, 2, 64, 1.25)
+    limit = capacity(tokens * 2, 64, 1.25)
     drawn = numpy.maximum(rows - limit, 0).sum() / (200 * tokens * 2)
     # 200 draws of 64 experts: the mean of what is dropped is known to about 0.1 %.
     assert routing.drop_share(shares, tokens, 2, 1.25) == pytest.approx(drawn, rel=5e-3)
+
+
+def test_capacity_takes_the_factor_as_it_is_written():
+    assert capacity(10, 1, 1.1) == 11  # 1.1 * 10 is a little more in binary
+    assert capacity(4096 * 2, 64, 1.25) == 160
+    assert capacity(9, 4, 1.0) == 3
+    assert capacity(1, 64, 0.5) == 1
 
 
 def test_no_expert_gets_a_token_twice():

@@ -121,7 +121,7 @@ def test_a_loaded_graph(tmp_path) -> None:
     record = sharding(loaded)
     assert record is not None
     (block,) = record.blocks
-    assert str(block) == "8 experts, width 8, top-2, float32"
+    assert (block.experts, block.width, block.top_k) == (8, 8, 2)
     assert set(block.parameters) == {f"layers.1.experts.{r}" for r in ("up", "down", "up_bias", "down_bias")}
 
 

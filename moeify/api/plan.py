@@ -5,28 +5,27 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from moeify import frontend
-from moeify.api import data as data_files
 from moeify.api import reporting
 from moeify.api.convert import captured, check_names, require_blocks
 from moeify.api.load import read_graph
 from moeify.api.progress import Progress, Silent
 from moeify.backends.pt2.archive import METADATA, Pt2
+from moeify.data import tensors as data_files
 from moeify.distributed import loads as load_files
-from moeify.distributed.labels import GIVEN, MEASURED
-from moeify.distributed.loads import Loads
-from moeify.distributed.mixtures import Mixture, mixtures, parameters_outside
+from moeify.distributed.labels import GIVEN, MEASURED, Figure
+from moeify.distributed.mixtures import mixtures, parameters_outside
 from moeify.distributed.network import Machine
-from moeify.distributed.placement import Placement, in_order, place, with_copies
-from moeify.distributed.plan import Model, Plan, make_plan
+from moeify.distributed.placement import in_order, place, with_copies
+from moeify.distributed.plan import Model, PlacedBlock, Plan, make_plan
 from moeify.distributed.setting import Setting
 from moeify.errors import UsageError
 from moeify.frontend.hf_skeleton import read_skeleton
 from moeify.ir.program import Program
 from moeify.ir.recipe import Recipe
 from moeify.ir.report import Report
+from moeify.passes.place_experts import KEY as PLACEMENT
 from moeify.pipeline.default import FIND, REWRITE
 from moeify.pipeline.runner import run
 
@@ -43,70 +42,55 @@ def plan_file(
     loads: str | Path | None = None,
     data: str | Path | None = None,
     training: bool = True,
+    output: str | Path | None = None,
+    extra: int = 0,
     progress: Progress | None = None,
 ) -> Plan:
     """The plan of a converted ``.pt2``, or of a dense model as ``recipe`` would convert it.
 
     No expert weight is computed; of a Hugging Face folder config.json alone is read. Loads come from the file
-    ``loads``, or are measured by running a converted model on ``data``. Raises what reading raises, UsageError, and
-    what ``make_plan`` raises.
+    ``loads``, or are measured by running a converted model on ``data``. With ``output`` the model is written there
+    with its experts placed by them for the ranks of the plan, ``extra`` copies on each. Raises what reading raises,
+    UsageError, and what ``make_plan`` raises.
     """
     progress = progress or Silent()
     if loads and data:
         raise UsageError("loads are given and are to be measured too", hint="give --loads or --data, not both")
-    program, described, notes = _described(model, recipe, inputs, factory, allow, progress)
+    if output and not loads and not data:
+        raise UsageError("placing experts needs loads", hint="give --loads FILE, or --data FILE to measure them")
+    if output or data:
+        _require_converted(model)
+    program, report, described, notes = _described(model, recipe, inputs, factory, allow, progress)
     if loads:
         setting = dataclasses.replace(setting, loads=load_files.read(loads), loads_source=GIVEN)
     if data:
-        setting = dataclasses.replace(setting, loads=_measured(program, model, data, progress), loads_source=MEASURED)
+        progress.stage(f"counting rows on {data}")
+        counted = load_files.measure(program, [data_files.read(data, program.inputs)])
+        setting = dataclasses.replace(setting, loads=counted, loads_source=MEASURED)
     progress.stage("planning")
     made = make_plan(described, setting, machine, training=training)
     made.notes = notes + made.notes
+    if output:
+        progress.stage(f"writing {output}")
+        made.placed = _place(program, described, setting, made.expert_ranks, extra)
+        report.passes += [{"text": h.text, "seconds": h.seconds, "lines": list(h.lines)} for h in program.history]
+        Pt2().write(program, report, Path(output))
     return made
 
 
-def place_file(
-    model: str | Path,
-    output: str | Path,
-    ranks: int,
-    *,
-    loads: str | Path | None = None,
-    data: str | Path | None = None,
-    extra: int = 0,
-    progress: Progress | None = None,
-) -> list[dict[str, Any]]:
-    """Write a converted ``.pt2`` again with its experts placed for ``ranks`` ranks, ``extra`` copies on each.
-
-    Returns path, imbalance before and imbalance after of each block, all of the loads given or measured. Raises
-    UsageError without loads or for a model that is not converted.
-    """
-    progress = progress or Silent()
-    if bool(loads) == bool(data):
-        raise UsageError("placing experts needs loads", hint="give --loads FILE, or --data FILE to measure them")
-    _require_converted(model)
-    program, facts = read_graph(Path(model))
-    report = Report.from_dict(facts["report"])
-    counted = load_files.read(loads) if loads else _measured(program, model, str(data), progress)
-    paths = {block.anchor: block.path for block in report.blocks}
-    lines, placement = [], {}
-    for mixture in mixtures(program, paths):
-        rows = counted.get(mixture.anchor)
-        if rows is None or len(rows) != mixture.experts:
-            raise UsageError(f"the loads say nothing of the {mixture.experts} experts of {mixture.anchor}")
+def _place(program: Program, described: Model, setting: Setting, ranks: int, extra: int) -> list[PlacedBlock]:
+    """Put the experts of a converted program where the loads want them, in place."""
+    placement, made = {}, []
+    for mixture in described.mixtures:
+        rows = setting.loads[mixture.anchor]  # make_plan has refused loads of another model
         found = with_copies(rows, ranks, extra) if extra else place(rows, ranks)
         placement[mixture.anchor] = found.order
-        lines.append(_line(mixture, found, rows, ranks))
-    program.provenance["placement"] = placement
-    progress.stage(f"writing {output}")
+        before, after = in_order(mixture.experts, ranks).imbalance(rows), found.imbalance(rows)
+        source = setting.loads_source
+        made.append(PlacedBlock(mixture.path, Figure(before, "", source), Figure(after, "", source)))
+    program.provenance[PLACEMENT] = placement
     run(program, ["place-experts"])
-    report.passes += [{"text": h.text, "seconds": h.seconds, "lines": list(h.lines)} for h in program.history]
-    Pt2().write(program, report, Path(output))
-    return lines
-
-
-def _line(mixture: Mixture, found: Placement, rows: Sequence[float], ranks: int) -> dict[str, Any]:
-    before = in_order(mixture.experts, ranks).imbalance(rows)
-    return {"path": mixture.path, "before": before, "after": found.imbalance(rows)}
+    return made
 
 
 def _described(
@@ -116,7 +100,7 @@ def _described(
     factory: str | None,
     allow: Sequence[str],
     progress: Progress,
-) -> tuple[Program, Model, list[str]]:
+) -> tuple[Program, Report, Model, list[str]]:
     if frontend.holds_metadata(model, METADATA):
         progress.stage(f"reading {model}")
         program, facts = read_graph(Path(model))
@@ -135,7 +119,7 @@ def _described(
         run(program, REWRITE)
     found = mixtures(program, {block.anchor: block.path for block in report.blocks})
     outside, size = parameters_outside(program, found)
-    return program, Model(str(model), tuple(found), outside, size, dense), notes
+    return program, report, Model(str(model), tuple(found), outside, size, dense), notes
 
 
 def _captured(
@@ -145,12 +129,6 @@ def _captured(
         return captured(model, inputs, factory, allow, progress)
     progress.stage(f"building {model} without weights")
     return frontend.capture(read_skeleton(model), inputs or None), []
-
-
-def _measured(program: Program, model: str | Path, data: str | Path, progress: Progress) -> Loads:
-    _require_converted(model)
-    progress.stage(f"counting rows on {data}")
-    return load_files.measure(program, [data_files.read(data, program.inputs)])
 
 
 def _require_converted(model: str | Path) -> None:

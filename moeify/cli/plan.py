@@ -111,27 +111,21 @@ def plan(
     )
     with only_json(as_json), Bars() as bars:
         made = planning.plan_file(
-            model, setting, machine, recipe=recipe, inputs=inputs, factory=factory, allow=allow,
-            loads=loads, data=data, training=not inference, progress=bars,
+            model, setting, machine, recipe=recipe, inputs=inputs, factory=factory, allow=allow, loads=loads, data=data,
+            training=not inference, output=write, extra=extra if inference else 0, progress=bars,
         )  # fmt: skip
-        moved = []
-        if write is not None:
-            copies = extra if inference else 0
-            moved = planning.place_file(
-                model, write, made.expert_ranks, loads=loads, data=data, extra=copies, progress=bars
-            )
     if plot is not None:
         from moeify.cli import scaling_chart
 
         scaling_chart.draw(made, plot)
     if as_json:
-        write_json({**made.to_dict(), "placed": moved, "plot": str(plot) if plot else None})
+        write_json({**made.to_dict(), "plot": str(plot) if plot else None})
         return
     from moeify.cli import plan_summary
 
     screen = Screen()
     plan_summary.show(screen, made)
-    plan_summary.placed(screen, moved, write)
+    plan_summary.placed(screen, made, write)
     if plot is not None:
         screen.paragraph("wrote", str(plot), column=plan_summary.COLUMN, style="bold")
 

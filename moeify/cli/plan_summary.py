@@ -51,8 +51,8 @@ _SHARES = ("drop_share",)
 
 def show(screen: Screen, plan: Plan) -> None:
     """All of it."""
-    nodes = -(-plan.devices // plan.per_node)
-    per_node = f", {nodes} nodes of {plan.per_node}" if nodes > 1 else ", one node"
+    nodes = -(-plan.devices // int(plan.per_node.value))
+    per_node = f", {nodes} nodes of {plan.per_node.value:g}" if nodes > 1 else ", one node"
     groups = f"{plan.expert_ranks} ranks share the experts, {plan.replicas} replicas"
     screen.line(f"{plan.model}: {plan.devices} ranks{per_node}; {groups}; {plan.mode}", "bold")
     screen.line(f"  {amount(plan.tokens)} tokens a rank and step ({plan.tokens.source})")
@@ -70,12 +70,12 @@ def show(screen: Screen, plan: Plan) -> None:
         screen.paragraph("note", note, column=COLUMN)
 
 
-def placed(screen: Screen, lines: Sequence[Mapping[str, Any]], output: Path | None) -> None:
+def placed(screen: Screen, plan: Plan, output: Path | None) -> None:
     """What placing the experts did to each block."""
     if output is None:
         return
-    rows = [(str(line["path"]), f"{line['before']:.3f}", f"{line['after']:.3f}") for line in lines]
-    _section(screen, "experts placed, imbalance on these loads", ("block", "before", "after"), rows)
+    rows = [(one.path, amount(one.before), amount(one.after), one.after.source) for one in plan.placed]
+    _section(screen, "experts placed, imbalance on these loads", ("block", "before", "after", "source"), rows)
     screen.paragraph("wrote", str(output), column=COLUMN, style="bold")
 
 
@@ -160,10 +160,10 @@ def _effective(screen: Screen, found: Sequence[Mapping[str, Any]]) -> None:
          one["effective"].source)
         for one in found
     ]  # fmt: skip
-    title = f"effective parameters with {found[0]['experts']} experts (arXiv 2202.01169)"
+    title = f"effective parameters with {found[0]['experts'].value} experts (arXiv 2202.01169)"
     _section(screen, title, ("routing", "dense", "effective", "source"), rows)
     screen.paragraph("", f"The law is {found[0]['caveat']}.", column=2)
-    beyond = [str(one["routing"]) for one in found if one["dense"].value > one["cutoff"]]
+    beyond = [str(one["routing"]) for one in found if one["dense"].value > one["cutoff"].value]
     if beyond:
         screen.paragraph("", f"The model is past the size from which {', '.join(beyond)} gives nothing.", column=2)
 

@@ -12,12 +12,7 @@ from moeify.errors import OutputNotWritten
 if TYPE_CHECKING:
     from moeify.distributed.plan import Plan
 
-_LINES = {
-    "compute": ("compute", "-"),
-    "exchange_flat": ("exchange, flat", "--"),
-    "exchange_hierarchical": ("exchange, hierarchical", "--"),
-    "exchange_deduplicated": ("exchange, deduplicated", "--"),
-}
+_EXCHANGES = ("flat", "hierarchical", "deduplicated")
 
 
 def draw(plan: Plan, path: Path) -> None:
@@ -27,9 +22,9 @@ def draw(plan: Plan, path: Path) -> None:
     ranks = [point.ranks for point in plan.scaling]
     figure = Figure(figsize=(11, 4), layout="constrained")
     times, share = figure.subplots(1, 2)
-    for name, (text, style) in _LINES.items():
-        values = [1e3 * getattr(point, name).value for point in plan.scaling]
-        times.plot(ranks, values, style, marker="o", label=text)
+    times.plot(ranks, [1e3 * point.compute.value for point in plan.scaling], "-", marker="o", label="compute")
+    for values, names in _exchanges(plan).items():
+        times.plot(ranks, values, "--", marker="o", label=f"exchange, {' = '.join(names)}")
     times.set_yscale("log")
     times.set_ylabel("ms of a step, all mixtures, fullest rank")
     times.legend()
@@ -51,3 +46,12 @@ def draw(plan: Plan, path: Path) -> None:
     finally:
         with suppress(OSError):
             part.unlink(missing_ok=True)
+
+
+def _exchanges(plan: Plan) -> dict[tuple[float, ...], list[str]]:
+    """Milliseconds at each number of ranks, with the exchanges that take them: within a node all are the same."""
+    lines: dict[tuple[float, ...], list[str]] = {}
+    for name in _EXCHANGES:
+        values = tuple(1e3 * getattr(point, f"exchange_{name}").value for point in plan.scaling)
+        lines.setdefault(values, []).append(name)
+    return lines

@@ -14,6 +14,11 @@ _TABLE = {
     "clip_gradients": "gradients",
     "fully_shard": "fsdp",
     "run_ranks": "threads",
+    "save": "checkpoint",
+    "load": "checkpoint",
+    "latest": "checkpoint_folder",
+    "consolidate": "checkpoint_whole",
+    "load_program": "checkpoint_whole",
 }
 
 __all__ = sorted(_TABLE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -20,6 +21,7 @@ ORDER = (
     "exchange_buffers_per_rank", "rows_per_expert", "bytes_per_token", *EXCHANGES, "compute", "exchange_over_compute",
     "imbalance", "imbalance_placed", "imbalance_with_copies", "drop_share", "token_budget",
 )  # fmt: skip
+SIZES = ("calls", "d_model", "d_expert", "experts", "top_k")  # read off the model
 _WEIGHT_PASSES_BACKWARD = 3  # read for the preactivations again and for the rows' gradients; their own are written
 
 
@@ -45,7 +47,9 @@ class BlockPlan:
         return self.forward[name].value + (self.backward[name].value if backward else 0.0)
 
     def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "best_exchange": self.best()}
+        """Every number as a figure."""
+        sizes = {name: asdict(Figure(getattr(self, name), "", MEASURED)) for name in SIZES}
+        return {**asdict(self), **sizes, "best_exchange": self.best()}
 
 
 def block_plan(
@@ -59,11 +63,16 @@ def block_plan(
     W, E, K, T = group.ranks, mixture.experts, mixture.top_k, int(setting.tokens.value)
     item = setting.item or mixture.item
 
+    @functools.cache
+    def placed() -> Placement:
+        return place(shares, W)
+
+    @functools.cache
     def balance(placement: Placement) -> float:
         # In mode capacity every rank computes over buffers of one size.
         return 1.0 if setting.mode == "capacity" else routing.imbalance(shares, placement, T * W, K)
 
-    here = place(shares, W) if setting.placed else in_order(E, W)
+    here = placed() if setting.placed else in_order(E, W)
     imbalance = balance(here)
     rows = T * K * setting.factor * imbalance
     held = max(len(experts) for experts in here.experts)
@@ -90,7 +99,7 @@ def block_plan(
         "token_budget": _budget(mixture, group, item, machine),
     }
     if alternatives:
-        forward["imbalance_placed"] = Figure(balance(place(shares, W)), "", load)
+        forward["imbalance_placed"] = Figure(balance(placed()), "", load)
         forward["imbalance_with_copies"] = Figure(balance(with_copies(shares, W, setting.extra)), "", load)
     backward = {
         "flops_per_token": Figure(mixture.backward_flops_per_token, "FLOP", MEASURED),

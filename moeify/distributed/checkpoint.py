@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import warnings
 from collections.abc import Iterator, Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -23,13 +26,16 @@ from torch.distributed.tensor import DTensor
 
 from moeify.distributed import checkpoint_folder as folders
 from moeify.distributed import checkpoint_tensors as tensors
+from moeify.distributed.agreement import agreed
 from moeify.distributed.binding import binding_of
+from moeify.distributed.board import Board
 from moeify.distributed.checkpoint_folder import State
 from moeify.distributed.groups import Groups
 from moeify.distributed.lost import explain
-from moeify.errors import MoeifyError, NonFiniteWeights, OutputNotWritten, RankLost, StateDictMismatch, UnreadableFile
+from moeify.errors import NonFiniteWeights, OutputNotWritten, StateDictMismatch, UnreadableFile
 
 _WHERE = "checkpoint"
+_MADE: WeakKeyDictionary[Board, dist.ProcessGroup] = WeakKeyDictionary()  # by the board of the groups
 
 
 def save(
@@ -44,19 +50,30 @@ def save(
 ) -> Path:
     """Write ``folder/step-0000STEP``. Every rank calls it; the path, when it is there for all.
 
-    ``facts`` are plain data for the one who loads. The last ``keep`` checkpoints stay. Raises NonFiniteWeights before
-    anything is written, OutputNotWritten or RankLost; the checkpoints before are untouched then.
+    ``facts`` are plain data for the one who loads. The last ``keep`` checkpoints stay. Raises, the same on every rank,
+    NonFiniteWeights before anything is written, OutputNotWritten or RankLost; the checkpoints before are untouched
+    then.
     """
     folder = Path(folder)
     groups = binding_of(module).groups
-    state = tensors.state_of(module, mesh, optimizer)
-    _refuse_non_finite(module, groups, step)
-    _one_for_all(groups, "begin", lambda: folders.begin(folder, step))
-    with _translated(groups, f"cannot write a checkpoint to {folder}", OutputNotWritten):
+    first = groups.rank == groups.ranks[0]
+
+    def begin() -> dict[str, Tensor]:
+        state = tensors.state_of(module, mesh, optimizer)
+        _refuse_non_finite(module, step)
+        if first:
+            folders.begin(folder, step)
+        return _contiguous(state)
+
+    def finish() -> None:
+        if first:
+            folders.finish(folder, State(step, groups.size, dict(facts or {})), keep)
+
+    state = agreed(groups, _WHERE, begin)
+    with _translated(groups, f"cannot write a checkpoint to {folder}"):
         writer = HuggingFaceStorageWriter(str(folders.part_of(folder, step)), save_distributed=True)
-        dcp.save(_contiguous(state), storage_writer=writer)
-    known = State(step, groups.size, dict(facts or {}))
-    _one_for_all(groups, "finish", lambda: folders.finish(folder, known, keep))
+        dcp.save(state, storage_writer=writer, process_group=_group(groups))
+    agreed(groups, _WHERE, finish)
     return folders.path_of(folder, step)
 
 
@@ -65,20 +82,36 @@ def load(
 ) -> State:
     """Read one checkpoint, of any number of ranks, into the module and the optimizer. Every rank calls it.
 
-    Raises UnreadableFile, or StateDictMismatch for a checkpoint of another model.
+    Raises, the same on every rank, UnreadableFile, StateDictMismatch for a checkpoint of another model, RanksDiffer
+    for ranks that have read different steps, or RankLost; some tensors may have been read then.
     """
     checkpoint = Path(checkpoint)
-    groups = binding_of(module).groups
-    state = folders.read_state(checkpoint)
-    reader = HuggingFaceStorageReader(str(checkpoint))
-    found = read_metadata(reader, checkpoint)
-    if optimizer is not None:
-        tensors.prepare(module, optimizer, set(found.state_dict_metadata))
-    wanted = tensors.state_of(module, mesh, optimizer)
-    check(wanted, found, checkpoint)
-    with _translated(groups, f"cannot read the checkpoint {checkpoint}", UnreadableFile):
-        dcp.load(wanted, storage_reader=reader)
-    return state
+
+    def read() -> State:
+        state = folders.read_state(checkpoint)
+        reader = HuggingFaceStorageReader(str(checkpoint))
+        found = read_metadata(reader, checkpoint)
+        if optimizer is not None:
+            tensors.prepare(module, optimizer, set(found.state_dict_metadata))
+        wanted = tensors.state_of(module, mesh, optimizer)
+        check(wanted, found, checkpoint)
+        read_tensors(wanted, reader, checkpoint)
+        return state
+
+    return agreed(binding_of(module).groups, _WHERE, read, alike=lambda state: f"step {state.step}")
+
+
+def read_tensors(into: dict[str, Tensor], reader: HuggingFaceStorageReader, checkpoint: Path) -> None:
+    """Fill the tensors with what this process needs of the files, the other ranks unasked. Raises UnreadableFile."""
+    try:
+        with quiet(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # that is what is meant
+            dcp.load(into, storage_reader=reader, no_dist=True)
+    except CheckpointException as error:
+        _, (cause, _) = next(iter(error.failures.items()))
+        raise UnreadableFile(
+            f"cannot read the checkpoint {checkpoint}: {type(cause).__name__}: {str(cause).splitlines()[0]}"
+        ) from error
 
 
 def read_metadata(reader: HuggingFaceStorageReader, checkpoint: Path) -> Metadata:
@@ -121,56 +154,40 @@ def _contiguous(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: value if isinstance(value, DTensor) else value.contiguous() for name, value in state.items()}
 
 
-def _refuse_non_finite(module: nn.Module, groups: Groups, step: int) -> None:
-    finite = all(bool(torch.isfinite(p).all()) for p in module.parameters() if p.is_floating_point())
-    device = next((p.device for p in module.parameters()), torch.device("cpu"))
-    flags = torch.tensor([float(rank == groups.rank and not finite) for rank in groups.ranks], device=device)
-    for group in (groups.experts, groups.data):
-        if group is not None:
-            flags = group.all_reduce(flags, _WHERE)
-    bad = [str(rank) for rank, flag in zip(groups.ranks, flags.tolist()) if flag]
-    if bad:
+def _refuse_non_finite(module: nn.Module, step: int) -> None:
+    if not all(bool(torch.isfinite(p).all()) for p in module.parameters() if p.is_floating_point()):
         raise NonFiniteWeights(
-            f"the weights after step {step} hold NaN or infinity on rank {', '.join(bad)}; they were not saved",
+            f"the weights after step {step} hold NaN or infinity; they were not saved",
             hint="go on from the checkpoint before, with a smaller learning rate",
         )
 
 
-def _one_for_all(groups: Groups, topic: str, work: Any) -> None:
-    """The first rank works, the others wait; its error is theirs."""
-    leader, board = groups.ranks[0], groups.board
-    note = f"checkpoint-{topic}-{board.turn(groups.rank)}"
-    if groups.rank == leader:
-        try:
-            work()
-        except MoeifyError as error:
-            board.put(note, leader, error.what)
-            raise
-        board.put(note, leader, "")
-        return
-    answer = board.wait(note, [leader], groups.seconds)
-    if leader not in answer:
-        why = board.why_stopped(leader)
-        raise RankLost(
-            f"rank {leader} stopped: {why}" if why else f"rank {leader} did not write within {groups.seconds:g} s",
-            where=_WHERE,
-            hint=f"look at the log of rank {leader}",
-        )
-    if answer[leader]:
-        raise OutputNotWritten(answer[leader], hint=f"see the error of rank {leader}")
+def _group(groups: Groups) -> dist.ProcessGroup:
+    """The ranks of the mesh, which need not be all there are, with the timeout of their exchanges.
+
+    On gloo: what goes round are Python objects. Made once: torch names a group by its ranks, and a second one of the
+    same name would meet the addresses of the first.
+    """
+    made = _MADE.get(groups.board)
+    if made is None:
+        limit = timedelta(seconds=groups.seconds)
+        made = dist.new_group(sorted(groups.ranks), limit, backend="gloo", use_local_synchronization=True)
+        _MADE[groups.board] = made
+    return made
 
 
 @contextlib.contextmanager
-def _translated(groups: Groups, what: str, kind: type[MoeifyError]) -> Iterator[None]:
+def _translated(groups: Groups, what: str) -> Iterator[None]:
     """CheckpointException, which ``except Exception`` would miss, as the cause of the first rank that failed."""
     try:
         with quiet():
             yield
     except CheckpointException as error:
-        rank, (cause, _) = next(iter(error.failures.items()))
-        raise kind(f"{what}: rank {rank}: {type(cause).__name__}: {str(cause).splitlines()[0]}") from error
+        number, (cause, _) = next(iter(error.failures.items()))
+        rank = sorted(groups.ranks)[number]
+        raise OutputNotWritten(f"{what}: rank {rank}: {type(cause).__name__}: {str(cause).splitlines()[0]}") from error
     except RuntimeError as error:
-        raise explain(error, groups.board, dist.get_rank(), groups.ranks, _WHERE, groups.seconds) from error
+        raise explain(error, groups.board, groups.rank, groups.ranks, _WHERE, groups.seconds) from error
 
 
 @contextlib.contextmanager

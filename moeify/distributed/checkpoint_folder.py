@@ -50,8 +50,9 @@ def steps(folder: Path) -> list[int]:
     return sorted(int(match[1]) for match, entry in found if (entry / STATE).is_file())
 
 
-def latest(folder: Path) -> Path | None:
-    """The last complete checkpoint."""
+def latest(folder: str | Path) -> Path | None:
+    """The last complete checkpoint of a folder, None where there is none."""
+    folder = Path(folder)
     found = steps(folder)
     return path_of(folder, found[-1]) if found else None
 

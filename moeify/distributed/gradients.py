@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from moeify.distributed.binding import binding_of
-from moeify.distributed.groups import Groups
+from moeify.distributed.groups import Groups, named
 from moeify.errors import NonFiniteValues
 from moeify.ir.roles import Transport
 
@@ -25,9 +25,8 @@ _WHERE = "sync_gradients"
 def sync_gradients(module: nn.Module) -> None:
     """Add up the gradients over the ranks and divide by their number, in place. Every rank calls it after backward.
 
-    A parameter that has a gradient on some ranks only counts as zero on the others; one without any keeps
-    none. Raises NonFiniteValues on every rank, naming the ranks whose own
-    gradients hold NaN or infinity, before any is spread.
+    A parameter that has a gradient on some ranks only counts as zero on the others; one without any keeps none. Raises
+    NonFiniteValues on every rank, naming the ranks whose own gradients hold NaN or infinity, before any is spread.
     """
     bound = binding_of(module)
     groups, experts = bound.groups, bound.sharding.parameters
@@ -94,9 +93,9 @@ def _present(groups: Groups, trained: Mapping[str, nn.Parameter], experts: froze
         if group is not None:
             told = group.all_reduce(told, _WHERE)
     told_by_rank = told.tolist()
-    bad = [str(rank) for rank, flag in zip(groups.ranks, told_by_rank) if flag]
+    bad = [rank for rank, flag in zip(groups.ranks, told_by_rank) if flag]
     if bad:
-        ranks = f"rank {bad[0]}" if len(bad) == 1 else f"ranks {', '.join(bad)}"
+        ranks = named(bad)
         raise NonFiniteValues(
             f"the gradients of {ranks} hold NaN or infinity",
             hint=f"look at the data and the loss of {ranks}; no gradient was spread",

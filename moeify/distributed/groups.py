@@ -9,13 +9,18 @@ from moeify.distributed.board import Board
 from moeify.ir.roles import DATA, EXPERTS, Transport
 
 
+def named(ranks: Sequence[int]) -> str:
+    """Some ranks in a message: ``rank 1``, ``ranks 1, 2``."""
+    return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(map(str, ranks))
+
+
 @dataclass(frozen=True)
 class Groups:
     """One rank's view of a mesh.
 
     ``by_role`` holds ``ep`` (over which experts are spread) and, on a mesh of two dimensions, ``dp`` (ranks with the
     same experts). ``ranks`` are all ranks of the mesh, ``rank`` is this one; ``seconds`` is how long an exchange may
-    take.
+    take. Groups over which a bind has failed, or a rank was lost, are not used again.
     """
 
     by_role: Mapping[str, Transport]

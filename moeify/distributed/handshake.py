@@ -14,7 +14,8 @@ from collections.abc import Mapping
 
 from torch import fx
 
-from moeify.distributed.groups import Groups
+from moeify.distributed.groups import Groups, named
+from moeify.distributed.lost import not_come
 from moeify.errors import DistributedError, GroupMismatch, RankLost, RanksDiffer
 from moeify.ir.program import Program
 from moeify.ir.sharding import Sharding
@@ -62,22 +63,28 @@ def facts(program: Program, sharding: Sharding, groups: Groups) -> Facts:
     }
 
 
-def shake(mine: Facts, groups: Groups) -> None:
-    """Compare with all ranks. Every rank raises the same error when they differ or one does not come in time."""
+def shake(mine: Facts, groups: Groups, number: int) -> None:
+    """Compare with all ranks. Every rank raises the same error when they differ or one does not come in time.
+
+    ``number`` is that of this meeting, from the board's ``turn``: taken before anything can fail on one rank alone.
+    """
     if groups.size == 1:
         _raise(_verdict({groups.rank: mine}))
         return
     board, leader = groups.board, groups.ranks[0]
-    number = board.turn(groups.rank)
     board.put(f"facts-{number}", groups.rank, json.dumps(mine))
     if groups.rank == leader:
         notes = board.wait(f"facts-{number}", groups.ranks, groups.seconds)
         missing = [rank for rank in groups.ranks if rank not in notes]
-        verdict = _missing(groups, missing) if missing else _verdict({r: json.loads(text) for r, text in notes.items()})
+        verdict = _missing(groups, missing) if missing else _verdict({r: json.loads(notes[r]) for r in groups.ranks})
         board.put(f"verdict-{number}", leader, json.dumps(verdict))
     else:
-        answer = board.wait(f"verdict-{number}", [leader], groups.seconds + _MARGIN)
+        # The first rank waits for the others from when it has come itself.
+        came = board.wait(f"facts-{number}", [leader], groups.seconds)
+        answer = board.wait(f"verdict-{number}", [leader], groups.seconds + _MARGIN) if came else {}
         verdict = json.loads(answer[leader]) if answer else _missing(groups, [leader])
+    if verdict:
+        board.leave(groups.rank)
     _raise(verdict)
 
 
@@ -107,16 +114,13 @@ _SAME = "start every rank from the same file, with the same options and versions
 def _differ(name: str, by_value: Mapping[str, list[int]]) -> str:
     """The common value first."""
     common = Counter({value: len(ranks) for value, ranks in by_value.items()}).most_common()
-    parts = [f"{value} on {_named(by_value[value])}" for value, _ in common]
+    parts = [f"{value} on {named(by_value[value])}" for value, _ in common]
     return f"{name} is {', '.join(parts[:-1])} and {parts[-1]}"
 
 
 def _missing(groups: Groups, ranks: list[int]) -> list[str]:
-    for rank in ranks:
-        if why := groups.board.why_stopped(rank):
-            return ["RankLost", f"rank {rank} stopped: {why}", f"cure rank {rank} and start again"]
-    what = f"{_named(ranks)} did not come to bind within {groups.seconds:g} s"
-    return ["RankLost", what, f"look at the log of {_named(ranks)}"]
+    blame = not_come(groups.board, ranks, "bind", groups.seconds)
+    return ["RankLost", blame.what, blame.hint]
 
 
 def _raise(verdict: list[str]) -> None:
@@ -127,7 +131,3 @@ def _raise(verdict: list[str]) -> None:
 
 def _distinct(values: list[int]) -> str:
     return " and ".join(map(str, sorted(set(values))))
-
-
-def _named(ranks: list[int]) -> str:
-    return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(map(str, ranks))

@@ -48,13 +48,8 @@ def measure(program: Program, batches: Iterable[Sequence[torch.Tensor]]) -> Load
     return {block: rows.tolist() for block, rows in counting.rows.items()}
 
 
-def write(loads: Loads) -> str:
-    """The text of a loads file: ``{"loads": {anchor: [rows of expert 0, ...]}}``."""
-    return json.dumps({"loads": loads}, indent=1)
-
-
 def read(path: str | Path) -> Loads:
-    """Raises UnreadableFile."""
+    """A JSON file, ``{"loads": {anchor: [rows of expert 0, ...]}}``. Raises UnreadableFile."""
     try:
         found = json.loads(Path(path).read_text())["loads"]
         loads = {str(block): [float(value) for value in rows] for block, rows in found.items()}

@@ -67,9 +67,10 @@ class Machine:
         for name, value in values.items():
             if value is None:
                 continue
-            least_is_out = "latency" not in name
-            if not math.isfinite(value) or value < 0 or (least_is_out and value == 0):
-                raise BadOption(f"{name.replace('_', '-')} is {value:g}: it must be a positive number")
+            may_be_zero = "latency" in name
+            if not math.isfinite(value) or value < 0 or (value == 0 and not may_be_zero):
+                kind = "a number of at least 0" if may_be_zero else "a positive number"
+                raise BadOption(f"{name.replace('_', '-')} is {value:g}: it must be {kind}")
             changed[name] = Figure(value, UNITS[name], source)
         return replace(self, **changed)
 

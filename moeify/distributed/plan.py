@@ -47,11 +47,22 @@ class ScalePoint:
     efficiency: Figure
 
 
+@dataclass(frozen=True)
+class PlacedBlock:
+    """One block whose experts were put elsewhere: the fullest rank over the mean, on the loads that were counted."""
+
+    path: str
+    before: Figure
+    after: Figure
+
+
 @dataclass
 class Plan:
+    """``expert_ranks`` of the ``devices`` share one set of experts. ``placed`` is what was written, if anything."""
+
     model: str
     devices: int
-    per_node: int
+    per_node: Figure
     expert_ranks: int
     replicas: int
     mode: str
@@ -63,9 +74,15 @@ class Plan:
     machine: dict[str, Figure]
     scaling: list[ScalePoint]
     notes: list[str] = field(default_factory=list)
+    placed: list[PlacedBlock] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "blocks": [block.to_dict() for block in self.blocks]}
+        """Every number as a figure."""
+        numbers = {name: _given(getattr(self, name)) for name in ("devices", "expert_ranks", "replicas")}
+        scaling = [
+            {**asdict(p), "ranks": _given(p.ranks), "expert_ranks": _given(p.expert_ranks)} for p in self.scaling
+        ]
+        return {**asdict(self), **numbers, "blocks": [block.to_dict() for block in self.blocks], "scaling": scaling}
 
 
 def make_plan(
@@ -85,7 +102,7 @@ def make_plan(
     return Plan(
         model=model.name,
         devices=setting.devices,
-        per_node=int(setting.per_node.value),
+        per_node=setting.per_node,
         expert_ranks=group.ranks,
         replicas=setting.devices // group.ranks,
         mode=setting.mode,
@@ -98,6 +115,11 @@ def make_plan(
         scaling=_scaling(model, scaling, setting, machine, training),
         notes=_notes(model, setting, group, machine, training),
     )
+
+
+def _given(ranks: int) -> dict[str, Any]:
+    """A number of ranks: asked for, or what follows from it."""
+    return asdict(Figure(ranks, "ranks", GIVEN))
 
 
 def _blocks(
@@ -160,10 +182,10 @@ def _effective(model: Model) -> list[dict[str, Any]]:
     return [
         {
             "routing": law.name,
-            "experts": experts,
+            "experts": Figure(experts, "", MEASURED),
             "dense": Figure(model.dense_parameters, "", MEASURED),
             "effective": Figure(effective_parameters(law, model.dense_parameters, experts), "", ASSUMED),
-            "cutoff": law.cutoff,
+            "cutoff": Figure(law.cutoff, "", ASSUMED),
             "caveat": CAVEAT,
         }
         for law in LAWS

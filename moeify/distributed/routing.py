@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from moeify.distributed.placement import Placement
+from moeify.ir.sharding import capacity
 
 Shares = NDArray[numpy.float64]
 DRAWS = 32
@@ -64,14 +65,9 @@ def imbalance(shares: Shares, placement: Placement, tokens: int, top_k: int, see
     return float((per_rank.max(axis=1)[mean > 0] / mean[mean > 0]).mean()) if mean.any() else 1.0
 
 
-def capacity(tokens: int, top_k: int, experts: int, factor: float) -> int:
-    """Rows that one rank may send to one expert: ``ceil(T * K / E * factor)``."""
-    return math.ceil(tokens * top_k / experts * factor - 1e-9)
-
-
 def drop_share(shares: Shares, tokens: int, top_k: int, factor: float) -> float:
     """The share of rows over the capacity of a rank with T tokens, expected: ``sum_e E[(X_e - C)+] / (T * K)``."""
-    limit = capacity(tokens, top_k, len(shares), factor)
+    limit = capacity(tokens * top_k, len(shares), factor)
     chances, times = numpy.unique(numpy.minimum(shares * top_k, 1.0).round(15), return_counts=True)
     over = sum(_excess(tokens, float(p), limit) * int(n) for p, n in zip(chances, times, strict=True))
     return over / (tokens * top_k)

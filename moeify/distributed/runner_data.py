@@ -6,15 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from moeify.errors import BadInputSpec, BadOption, RuntimeUnavailable, UnreadableFile, UsageError
+from moeify.data import text
+from moeify.errors import BadInputSpec
 from moeify.ir.program import InputSpec
-
-BYTES = "bytes"  # the tokenizer that needs no file: a token is a byte
 
 
 @dataclass(frozen=True)
@@ -93,36 +91,7 @@ def from_text(
     ``ids`` is the input that takes the tokens; an input named attention_mask gets ones. Raises UnreadableFile,
     BadOption for a tokenizer that is not the model's, BadInputSpec for a model with other inputs.
     """
-    try:
-        text = path.read_bytes().decode()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UnreadableFile(f"cannot read the text {path}: {error}") from error
-    tokens = torch.tensor(_tokens(text, tokenizer), dtype=torch.int64)
-    count = len(tokens) // sequence
-    if not count:
-        raise BadInputSpec(
-            f"{path} has {len(tokens)} tokens, fewer than one piece of {sequence}", hint="choose a smaller --sequence"
-        )
-    if int(tokens.max()) >= vocabulary:
-        raise BadOption(
-            f"the tokenizer gives token {int(tokens.max())} and the model knows {vocabulary}",
-            hint="give the tokenizer that belongs to the model",
-        )
-    pieces = tokens[: count * sequence].view(count, sequence)
-    made: dict[str, Tensor] = {}
-    for spec in specs:
-        if spec.name == ids:
-            made[spec.name] = pieces
-        elif "mask" in spec.name and len(spec.shape) == 2:
-            made[spec.name] = torch.ones_like(pieces).to(spec.dtype)
-        else:
-            raise BadInputSpec(
-                f"the model reads {spec}, which a text does not give",
-                hint="give tensors by input name instead: --data FILE.safetensors",
-            )
-        fixed = spec.shape[1]
-        if isinstance(fixed, int) and fixed != sequence:
-            raise BadInputSpec(f"the model reads {spec}, not {sequence} tokens", hint=f"choose --sequence {fixed}")
+    made = text.inputs_of(text.pieces(path, tokenizer, sequence, vocabulary), specs, ids)
     return Examples(made, tuple(spec.name for spec in specs), seed)
 
 
@@ -136,25 +105,3 @@ def check_fixed(specs: Sequence[InputSpec], batch: int, ranks: int) -> int | Non
             hint=f"choose --batch {fixed * ranks}, or convert with a named size: --input 'x=float32[batch=2,...]'",
         )
     return None if fixed is None else int(fixed)
-
-
-def _tokens(text: str, tokenizer: str) -> list[int]:
-    if tokenizer == BYTES:
-        return list(text.encode())
-    try:
-        from transformers import AutoTokenizer
-    except ImportError as error:
-        raise RuntimeUnavailable(
-            "a tokenizer needs transformers, which is not installed", hint="pip install 'moeify[hf]', or give tensors"
-        ) from error
-    place = Path(tokenizer)
-    if not place.exists():
-        raise UsageError(f"there is no tokenizer {tokenizer}", hint=f"give its folder, a .gguf file, or {BYTES!r}")
-    options: dict[str, Any] = {"local_files_only": True}
-    if place.is_file():
-        place, options["gguf_file"] = place.parent, place.name
-    try:
-        made = AutoTokenizer.from_pretrained(place, **options)
-    except Exception as error:  # transformers raises whatever it meets
-        raise UnreadableFile(f"cannot read the tokenizer {tokenizer}: {str(error).splitlines()[0]}") from error
-    return made(text, add_special_tokens=False, verbose=False)["input_ids"]

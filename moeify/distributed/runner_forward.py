@@ -61,14 +61,16 @@ def evaluate(
     outputs: bool = False,
     done: Callable[[], None] = lambda: None,
 ) -> tuple[Evaluation, list[Tensor]]:
-    """Every example once, in order, ``batch`` at a time over all ranks; with ``outputs`` what the model gives, on rank
-    0. ``whole_batches`` leaves out examples that do not fill one.
+    """Every example once, in order, ``batch`` at a time over all ranks. With ``outputs``, what the model gives for all
+    of them, on rank 0; without a loss or with ``outputs``, mean and root mean square of it. ``whole_batches`` leaves
+    out examples that do not fill one.
 
     Raises NonFiniteValues for a loss that is NaN or infinity, BadInputSpec, RankLost.
     """
     module.eval()
     total, terms = 0.0, 0.0
     parts: list[list[Tensor]] = []
+    summaries: list[_Summary] = []
     started = time.perf_counter()
     last = examples.count - examples.count % batch if whole_batches else examples.count
     if not last:
@@ -82,23 +84,26 @@ def evaluate(
             if loss is not None:
                 value, count = loss(output, tensors, mine.counted)
                 total, terms = total + float(value), terms + count
+            if outputs or loss is None:
+                values = _per_example(output, mine.which, mine.counted)
+                summaries = summaries or [_Summary(tuple(x.shape[1:])) for x in values]
+                for summary, x in zip(summaries, values, strict=True):
+                    summary.add(x)
             if outputs:
                 rows = rows_of(len(which), ranks.size)
-                parts.append([ranks.to_first(x, rows, _WHERE) for x in _per_example(output, mine.which, mine.counted)])
+                parts.append([ranks.to_first(x, rows, _WHERE) for x in values])
             done()
     made = Evaluation(last, 0.0)
     if loss is not None:
         total, terms, _ = ranks.total_loss(total, terms, _WHERE)
         made.loss, made.terms = total / max(terms, 1.0), round(terms)
-    else:
-        ranks.total([0.0], _WHERE)  # all have finished
+    sums = ranks.total([x for summary in summaries for x in (summary.total, summary.squares)] or [0.0], _WHERE)
     made.seconds = time.perf_counter() - started
     if ids is not None:
         made.tokens = examples.tensors[ids][:last].numel()
         made.perplexity = math.exp(made.loss) if made.loss is not None and made.loss < 700 else None  # of float64
-    gathered = [torch.cat(pieces) for pieces in zip(*parts)] if ranks.rank == 0 else []
-    made.outputs = [_described(x) for x in gathered]
-    return made, gathered
+    made.outputs = [x.described(last, *sums[2 * i : 2 * i + 2]) for i, x in enumerate(summaries)]
+    return made, [torch.cat(pieces) for pieces in zip(*parts)] if ranks.rank == 0 else []
 
 
 def _per_example(output: Any, which: list[int], counted: int) -> list[Tensor]:
@@ -113,6 +118,20 @@ def _per_example(output: Any, which: list[int], counted: int) -> list[Tensor]:
     return [value[:counted] for value in found]
 
 
-def _described(x: Tensor) -> dict[str, Any]:
-    wide = x.double()
-    return {"shape": list(x.shape), "mean": float(wide.mean()), "rms": float(wide.square().mean().sqrt())}
+@dataclass
+class _Summary:
+    """Of one output: the shape that it has for an example, and sums over what this rank has seen, in float64."""
+
+    shape: tuple[int, ...]
+    total: float = 0.0
+    squares: float = 0.0
+
+    def add(self, x: Tensor) -> None:
+        wide = x.double()
+        self.total += float(wide.sum())
+        self.squares += float(wide.square().sum())
+
+    def described(self, examples: int, total: float, squares: float) -> dict[str, Any]:
+        """With the sums of all ranks."""
+        count = max(examples * math.prod(self.shape), 1)
+        return {"shape": [examples, *self.shape], "mean": total / count, "rms": math.sqrt(squares / count)}

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from moeify.distributed.groups import Groups
+from moeify.distributed.groups import Groups, named
 from moeify.distributed.processes import SECONDS, ProcessTransport, groups_of
 from moeify.errors import BadOption, NonFiniteValues, RankLost
 from moeify.ir import roles
@@ -49,10 +49,10 @@ class Ranks:
         finite = torch.isfinite(torch.tensor(loss)).item()
         bad = [float(rank == self.rank and not finite) for rank in range(self.size)]
         loss, count, flags, *bad = self.total([loss if finite else 0.0, count, float(flag), *bad], where)
-        ranks = [str(rank) for rank, mark in enumerate(bad) if mark]
+        ranks = [rank for rank, mark in enumerate(bad) if mark]
         if ranks:
             raise NonFiniteValues(
-                f"the loss is NaN or infinity on rank {', '.join(ranks)}",
+                f"the loss is NaN or infinity on {named(ranks)}",
                 where=where,
                 hint="look at the data of that rank; a smaller learning rate helps where the weights have diverged",
             )

@@ -12,8 +12,7 @@ from moeify.distributed.mixtures import Mixture
 from moeify.distributed.placement import split_sizes
 from moeify.distributed.routing import Shares
 from moeify.errors import BadOption, NotDivisible
-
-MODES = ("dropless", "capacity")
+from moeify.ir.sharding import MODES
 
 
 @dataclass(frozen=True)
@@ -41,14 +40,17 @@ class Setting:
         for name in ("devices", "per_node", "tokens", "expert_ranks", "extra"):
             value = getattr(self, name)
             number = value.value if isinstance(value, Figure) else value
-            if number is not None and (number < (name != "extra") or number != int(number)):
-                raise BadOption(f"{name.replace('_', '-')} is {number:g}: it must be a positive whole number")
+            least = 0 if name == "extra" else 1
+            if number is not None and (number < least or number != int(number)):
+                kind = f"a whole number of at least {least}"
+                raise BadOption(f"{name.replace('_', '-')} is {number:g}: it must be {kind}")
         if self.mode not in MODES:
             raise BadOption(f"there is no mode {self.mode!r}", hint=f"choose one of {', '.join(MODES)}")
         for name in ("capacity_factor", "skew"):
             number = getattr(self, name).value
             if not 0 <= number < float("inf") or (name == "capacity_factor" and not number):
-                raise BadOption(f"{name.replace('_', '-')} is {number:g}: it must be a finite positive number")
+                kind = "a number of at least 0" if name == "skew" else "a finite positive number"
+                raise BadOption(f"{name.replace('_', '-')} is {number:g}: it must be {kind}")
         if self.devices > self.per_node.value and self.devices % self.per_node.value:
             raise BadOption(
                 f"{self.devices} devices do not fill nodes of {self.per_node.value:g}",

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from moeify.distributed.board import Board
 from moeify.distributed.groups import Groups
-from moeify.distributed.lost import explain
+from moeify.distributed.lost import explain, telling
 from moeify.ir import roles
 from moeify.ir.roles import DATA, EXPERTS
 
@@ -66,7 +66,9 @@ class ThreadTransport:
             return result
         except threading.BrokenBarrierError as error:
             me = meeting.ranks[self.rank]
-            raise explain(RuntimeError("barrier broken"), self.board, me, meeting.ranks, where, self.seconds) from error
+            # A rank that raises has told the others before: what is left is one that does not come.
+            late = RuntimeError("timed out")
+            raise explain(late, self.board, me, meeting.ranks, where, self.seconds) from error
 
 
 def run_ranks(work: Callable[[Groups], T], ep: int, dp: int = 1, seconds: float = 60.0) -> list[T]:
@@ -75,7 +77,7 @@ def run_ranks(work: Callable[[Groups], T], ep: int, dp: int = 1, seconds: float 
     The first error of a rank is raised here; the others are freed at once.
     """
     ranks = tuple(range(ep * dp))
-    board = Board(dist.HashStore(), f"threads-{next(_RUNS)}")
+    board = Board(dist.HashStore(), f"threads-{next(_RUNS)}", ranks)
     ep_meetings = [_Meeting(tuple(ranks[i * ep : (i + 1) * ep])) for i in range(dp)]
     dp_meetings = [_Meeting(tuple(ranks[i::ep])) for i in range(ep)]
     errors: list[BaseException] = []
@@ -87,11 +89,10 @@ def run_ranks(work: Callable[[Groups], T], ep: int, dp: int = 1, seconds: float 
         if dp > 1:
             by_role[DATA] = ThreadTransport(dp_meetings[column], row, seconds, board)
         try:
-            with roles.only_here(by_role), torch.set_grad_enabled(gradients):
+            with roles.only_here(by_role), torch.set_grad_enabled(gradients), telling(board, rank):
                 return work(Groups(by_role, rank, ranks, board, seconds, in_threads=True))
         except BaseException as error:
             errors.append(error)
-            board.stop(rank, f"{type(error).__name__}: {error}")
             for meeting in (*ep_meetings, *dp_meetings):
                 meeting.barrier.abort()
             raise

@@ -13,6 +13,7 @@ from torch import nn
 
 from moeify.distributed import checkpoint
 from moeify.distributed import checkpoint_folder as folders
+from moeify.distributed.agreement import agreed
 from moeify.distributed.gradients import clip_gradients, sync_gradients
 from moeify.distributed.runner_data import Examples, part
 from moeify.distributed.runner_forward import run_model
@@ -157,10 +158,22 @@ def _resume(
     schedule: Schedule,
     saving: Saving | None,
 ) -> int:
-    """The steps that are done already."""
-    found = folders.latest(saving.folder) if saving is not None else None
-    if saving is None or found is None:
+    """The steps that are done already, the same on all ranks."""
+    if saving is None:
         return 0
+    found, done = agreed(
+        ranks.groups, "resume", lambda: _last(saving, schedule, examples), alike=lambda last: f"step {last[1]}"
+    )
+    if found is not None:
+        checkpoint.load(module, ranks.mesh, found, optimizer=optimizer)
+    return done
+
+
+def _last(saving: Saving, schedule: Schedule, examples: Examples) -> tuple[Path | None, int]:
+    """The checkpoint to go on from, and its step. Raises UsageError for one that does not fit this run."""
+    found = folders.latest(saving.folder)
+    if found is None:
+        return None, 0
     state = folders.read_state(found)
     if not saving.resume:
         raise UsageError(
@@ -177,8 +190,7 @@ def _resume(
         raise UsageError(
             f"{found} has done {state.step} steps already, and --steps is {schedule.steps}", hint="ask for more steps"
         )
-    checkpoint.load(module, ranks.mesh, found, optimizer=optimizer)
-    return state.step
+    return found, state.step
 
 
 def _with_advice(error: NonFiniteValues, step: int, saving: Saving | None) -> NonFiniteValues:

@@ -81,7 +81,10 @@ def fake_result(program: Program, node: fx.Node, mode: FakeTensorMode) -> Any:
         return args[0][args[1]]  # type: ignore[index]
     if torch.Tag.data_dependent_output in getattr(node.target, "tags", ()):
         # A number of its own each time: a fake tensor remembers the one it gave, and is itself remembered here.
-        with mode:
+        # It belongs to this node: a later trace in the same mode must not look for it among its own.
+        env = mode.shape_env
+        assert env is not None  # a captured program has one
+        with mode, env.ignore_fresh_unbacked_symbols():
             args = torch.utils._pytree.tree_map_only(torch.Tensor, torch.clone, args)
             return node.target(*args, **kwargs)  # type: ignore[operator]
     key = node.target, _describe(args), _describe(tuple(kwargs.items()))

@@ -7,11 +7,13 @@ the last ones fewer or none, so that a checkpoint can describe the stacked weigh
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fractions import Fraction
 
 from moeify.ir.program import Program
 from moeify.ir.weights import WeightRecipe
 
 KEY = "sharding"  # of Program.provenance
+MODES = ("dropless", "capacity")  # how rows travel: all of them, or as many as buffers of one size take
 
 
 @dataclass(frozen=True)
@@ -22,11 +24,7 @@ class ShardedBlock:
     experts: int
     width: int
     top_k: int
-    dtype: str
     parameters: tuple[str, ...]
-
-    def __str__(self) -> str:
-        return f"{self.experts} experts, width {self.width}, top-{self.top_k}, {self.dtype}"
 
 
 @dataclass(frozen=True)
@@ -58,6 +56,14 @@ def share(experts: int, ranks: int, rank: int) -> tuple[int, int]:
     """The first expert of a rank and the one after its last."""
     each = most(experts, ranks)
     return min(rank * each, experts), min((rank + 1) * each, experts)
+
+
+def capacity(rows: int, experts: int, factor: float) -> int:
+    """Rows that one rank with so many rows may send to one expert: ``ceil(factor * rows / E)``, at least one.
+
+    ``factor`` is what it says in decimals: 1.1 of 10 rows are 11.
+    """
+    return max(1, -(-(Fraction(str(factor)) * rows) // experts))
 
 
 def fitting_ranks(experts: int) -> list[int]:

@@ -15,6 +15,7 @@ PASSES = Registry(
         "place-experts": "moeify.passes.place_experts:PlaceExperts",
         "shard-experts": "moeify.passes.shard_experts:ShardExperts",
         "lower-exchange": "moeify.passes.lower_exchange:LowerExchange",
+        "lower-to-aten": "moeify.passes.lower_to_aten:LowerToAten",
         "clean-up": "moeify.passes.clean_up:CleanUp",
     },
 )
