@@ -29,10 +29,13 @@ if not _is_command() and importlib.util.find_spec("torch") is not None:
 _EXPORTS = {
     "convert": "moeify.api.convert",
     "load": "moeify.api.load",
+    "profile": "moeify.api.profile",
+    "quality": "moeify.api.quality",
     "inspect_file": "moeify.api.inspect",
     "convert_file": "moeify.api.convert",
     "verify_files": "moeify.api.verify",
     "export_file": "moeify.api.export",
+    "Profile": "moeify.ir.profile",
     "Recipe": "moeify.ir.recipe",
     "Report": "moeify.ir.report",
     "MoeifyError": "moeify.errors",

@@ -24,12 +24,12 @@ _aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class MakeExperts(Pass):
-    """Turn every selected block into experts that are all on with equal weights: for exact methods still the
-    same function.
+    """Turn every selected block into experts that are all on with equal weights: for exact methods, and for those
+    that split, still the same function.
 
     Before:  y = moe.ffn(x, up, gate, down, ...)
     After:   x_TD = reshape(x, [T, D])
-             y_TD = moe.dispatch_ffn(x_TD, all experts, 1 / E, up_EFD, gate_EFD, down_EDF, ...)
+             y_TD = moe.dispatch_ffn(x_TD, all experts, 1 / E (a split: 1), up_EFD, gate_EFD, down_EDF, ...)
              y = reshape(y_TD + moe.ffn(x_TD, shared ...) * sigmoid(gate x_TD) + output_bias, ...)
 
     A block whose activation has no name, or that drops out its hidden value, becomes moe.permute,
@@ -121,7 +121,7 @@ def _read_sizes_off(x: fx.Node, nodes: list[fx.Node]) -> None:
 
 
 def _mixture(emit: Emitter, block: Block, plan: ExpertPlan, x_TD: fx.Node, *, train: Any) -> fx.Node:
-    experts_TK, weights_TK = uniform_routing(emit, x_TD, plan.num_experts)
+    experts_TK, weights_TK = uniform_routing(emit, x_TD, plan.num_experts, plan.gate)
     weights = {role: recipe.name for role, recipe in plan.weights.items()}
     y_TD = routed_experts(emit, block, weights, plan.num_experts, x_TD, experts_TK, weights_TK, train)
     if plan.shared:

@@ -37,9 +37,9 @@ class Route(Pass):
     After:   logits = linear(x_TD, router.weight); values, order = sort(logits); ...
              y_TD = moe.dispatch_ffn(x_TD, experts_TK, weights_TK, ...)
 
-    The router's parameters are ``{anchor}.router.*``, drawn by the router's own ``reset``; a block that is
-    called several times has one router. Refuses a router that needs token ids where no embedded tensor has the
-    shape of the block's rows.
+    The router's parameters are ``{anchor}.router.*``, drawn by the router's own ``reset`` or, where they start from
+    the block's weights, recipes (``pending``); a block that is called several times has one router. Refuses a router
+    that needs token ids where no embedded tensor has the shape of the block's rows.
     """
 
     name: ClassVar[str] = "route"
@@ -80,11 +80,13 @@ class _Routing:
 
     program: Program
     block: Block
+    text: str = field(init=False)
     spec: RouterSpec = field(init=False)
     router: Router | None = None
 
     def __post_init__(self) -> None:
-        self.spec = ROUTERS.parse(self.program.recipe.for_block(self.block.path).router)
+        self.text = self.program.recipe.for_block(self.block.path).router
+        self.spec = ROUTERS.parse(self.text).for_block(self.block)
         if self.spec.mixes_tokens:
             raise Refused(
                 f"the {self.spec.name} router mixes tokens, and the model may be causal", where=self.block.path
@@ -113,6 +115,7 @@ class _Routing:
                 block.d_model, plan.num_experts, recipe.top_k, dtype=val.dtype, vocabulary=vocabulary
             )
             router.reset(generator_for(program.recipe.seed, f"{block.anchor}.router"), plan.router_repeat)
+            starts = self.spec.recipes(block, plan.units, val.dtype)
         except MoeifyError as error:
             error.where = error.where or block.path
             raise
@@ -121,9 +124,11 @@ class _Routing:
         trained = program.parameter(plan.weights["up"].name).requires_grad
         for name, value in router.named_parameters():
             program.set_parameter(f"{block.anchor}.router.{name}", value.detach().to(device), trained)
+        for start in starts:
+            program.add_recipe(start, trained)
         for name, table in router.named_buffers():
             program.set_buffer(f"{block.anchor}.router.{name}", table.to(device))
-        log(f"{block.path}: {self.spec} over {plan.num_experts} experts, {recipe.top_k} per token")
+        log(f"{block.path}: {self.text} over {plan.num_experts} experts, {recipe.top_k} per token")
         return router
 
     def _token_ids(self, x_TD: fx.Node, ids: list[TokenIds]) -> TokenIds:

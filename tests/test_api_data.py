@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from moeify.api.data import read
+from moeify.data.tensors import read
 from moeify.errors import BadInputSpec, UnreadableFile
 from moeify.ir.program import InputSpec
 

@@ -15,6 +15,7 @@ from moeify.api import Comparison, Inspection, OutputError
 from moeify.cli.convert import default_output
 from moeify.cli.flags import override
 from moeify.cli.main import main
+from moeify.data.examples import Options
 from moeify.errors import (
     BadOption,
     BadRecipe,
@@ -119,8 +120,9 @@ def test_convert_screen(fake: Api, capsys, golden, monkeypatch, columns: int) ->
 def test_flags_reach_the_api(fake: Api) -> None:
     arguments = (
         "convert dense.pt -o out.pt2 --method drop{ratio=0.25} --experts 4 --top-k 1 --router switch --shared 1 "
-        "--shared-gate --blocks every:2 --include sample --seed 7 --input x=float32[2,3] --data d.npz "
-        "--factory a.b:c --allow a.b --allow c.d --print-after route --dump-dir dumps"
+        "--shared-gate --blocks every:2 --include sample --seed 7 --input x=float32[2,3] --data d.txt "
+        "--tokenizer bytes --sequence 64 --image-mean 0.4,0.5,0.6 --image-std 0.25 --profile p --factory a.b:c "
+        "--allow a.b --allow c.d --print-after route --dump-dir dumps"
     )
     assert main([*arguments.split(), "--set", "*.0:experts=2,method=noise{std=0.1,fraction=0.5}"]) == 0
     (model, output, recipe), options = fake.calls[0]
@@ -131,7 +133,8 @@ def test_flags_reach_the_api(fake: Api) -> None:
     )  # fmt: skip
     del options["progress"], options["show"]
     assert options == {
-        "inputs": ["x=float32[2,3]"], "data": "d.npz", "factory": "a.b:c", "allow": ["a.b", "c.d"],
+        "inputs": ["x=float32[2,3]"], "data": "d.txt", "factory": "a.b:c", "allow": ["a.b", "c.d"],
+        "options": Options("bytes", 64, (0.4, 0.5, 0.6), (0.25,), seed=7), "profile": "p",
         "print_after": ["route"], "print_after_all": False, "dump_dir": "dumps",
     }  # fmt: skip
 
@@ -180,6 +183,34 @@ def test_methods_that_change_the_function_are_reported_as_such(fake: Api, capsys
         "measured 1 of 2 blocks within 1e-05 (largest 1.0e-07), 1 block changed by design (largest 3.1e-01), "
         "whole model 1.2e-01"
     ) in text
+
+
+def test_splits_say_what_is_active_and_what_all_experts_on_give(fake: Api, capsys) -> None:
+    split = {"exact": False, "method": "carve", "router": "topk", "shared": 2}
+    fake.report = report(
+        blocks=[
+            block("a.0", **split, d_expert=96, active_share=0.25, all_on_error=2e-7, relative_error=0.4),
+            block("a.1", **split, d_expert=192, active_share=0.5, all_on_error=3e-7, relative_error=0.3),
+            block("a.2", active_share=2.0),
+        ],
+        model_relative_error=0.1,
+    )
+    assert main(["convert", "dense.pt"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert " active 25% to 50% of an FFN's hidden units for each token " in text
+    assert "whole model 1.0e-01; all experts on: within 1e-05 (largest 3.0e-07) wrote" in text
+    assert main(["inspect", "dense.pt", "--blocks"]) == 0
+    text = capsys.readouterr().out
+    assert text.count("relative error with all experts on") == 2
+    assert "relative error with all experts on 2.0e-07\n" in text
+
+
+def test_whole_experts_have_no_share_to_speak_of(fake: Api, capsys) -> None:
+    fake.report = report(blocks=[block("a.0", active_share=2.0)])
+    assert main(["convert", "dense.pt"]) == 0
+    text = capsys.readouterr().out
+    assert "hidden units" not in text
+    assert "all experts on" not in text
 
 
 def test_long_paths_are_never_cut(fake: Api, capsys) -> None:

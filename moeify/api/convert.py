@@ -13,10 +13,11 @@ import torch
 from torch import nn
 
 from moeify import frontend, surgery
-from moeify.api import data as data_files
 from moeify.api import reporting
 from moeify.api.progress import Progress, Silent
+from moeify.api.user_data import UserData
 from moeify.backends.pt2.archive import METADATA, Pt2
+from moeify.data.examples import Options
 from moeify.errors import (
     BadInputSpec,
     NoBlocks,
@@ -26,8 +27,11 @@ from moeify.errors import (
     VerificationFailed,
 )
 from moeify.experts import METHODS
+from moeify.experts.planning import require_profile
+from moeify.fitting import stage
 from moeify.frontend.reasons import first_line
 from moeify.ir.printer import program_text
+from moeify.ir.profile import Profile
 from moeify.ir.program import Program
 from moeify.ir.recipe import Recipe
 from moeify.ir.report import Report
@@ -36,6 +40,7 @@ from moeify.pipeline import PASSES
 from moeify.pipeline.base import Pass
 from moeify.pipeline.default import FIND, REWRITE
 from moeify.pipeline.runner import run
+from moeify.verify.all_on import all_on_errors
 from moeify.verify.measure import Recording, tolerance_for
 
 Show = Callable[[str, str], None]
@@ -83,6 +88,8 @@ def convert_file(
     *,
     inputs: Sequence[str] = (),
     data: str | Path | None = None,
+    options: Options | None = None,
+    profile: str | Path | None = None,
     factory: str | None = None,
     allow: Sequence[str] = (),
     progress: Progress | None = None,
@@ -93,18 +100,21 @@ def convert_file(
 ) -> Report:
     """``moeify convert``: read a model file, convert it by the recipe, verify, write ``output`` (a ``.pt2``).
 
-    ``output`` None verifies and writes nothing. Raises a MoeifyError of the cause; nothing is written then.
+    ``output`` None verifies and writes nothing. ``data`` are what methods that split learn from, and what is verified
+    on; ``options`` say how they are read. ``profile`` is a file of ``moeify profile``, to learn from in their place.
+    Raises a MoeifyError of the cause; nothing is written then.
     """
     started = time.perf_counter()
     progress = progress or Silent()
     dumps = Dumps(show, print_after, print_after_all, Path(dump_dir) if dump_dir else None)
     check_names(recipe)
+    given = UserData(data, profile, options or Options(seed=recipe.seed))
+    given.check()
     if output is not None:
         _check_output(Path(output), Path(model))
     program, notes = captured(model, inputs, factory, allow, progress)
     program.recipe = recipe
-    batch = data_files.read(data, program.inputs) if data else program.example
-    report = rewrite(program, batch, str(model), progress, dumps)
+    report = rewrite(program, given, str(model), progress, dumps, Path(model))
     report.notes = notes + report.notes
     report.seconds = time.perf_counter() - started
     if output is not None:
@@ -120,7 +130,10 @@ def convert(
     recipe: Recipe | None = None,
     *,
     inputs: Sequence[str] | Mapping[str, torch.Tensor] | tuple[torch.Tensor, ...] | None = None,
-    data: tuple[torch.Tensor, ...] | None = None,
+    data: Any = None,
+    tokenizer: str | Path | None = None,
+    sequence: int | None = None,
+    profile: Profile | str | Path | None = None,
     form: str = "module",
     **fields: Any,
 ) -> nn.Module:
@@ -130,8 +143,9 @@ def convert(
     hooks go on working; ``form="graph"`` returns a torch.fx graph of the whole model and leaves ``model`` alone.
     ``recipe`` or its fields as keywords (``experts=8, top_k=2, method="copy"``) say what to make. ``inputs`` are
     example tensors (by name or in order) or specs such as ``"input_ids=int64[batch=2,seq=16]"``; without them they
-    are guessed. ``data`` replaces the example in verification. The result carries the ``Report`` as
-    ``moeify_report``. Raises VerificationFailed before the model is touched.
+    are guessed. ``data`` replaces the example in verification and is what methods that split learn from: one batch as a
+    tuple of tensors, or anything that ``moeify.profile`` takes; ``profile`` is what that returned, or its file. The
+    result carries the ``Report`` as ``moeify_report``. Raises VerificationFailed before the model is touched.
     """
     if form not in ("module", "graph"):
         raise UsageError(f"there is no form {form!r}", hint="choose 'module' or 'graph'")
@@ -139,10 +153,11 @@ def convert(
         raise UsageError("give a recipe or its fields, not both")
     recipe = recipe if recipe is not None else Recipe(**fields)
     check_names(recipe)
+    given = UserData(data, profile, Options(str(tokenizer) if tokenizer else None, sequence, seed=recipe.seed))
+    given.check()
     program = frontend.capture(model, inputs)
     program.recipe = recipe
-    batch = data_files.fit(data, program.inputs, "data") if data is not None else program.example
-    report = rewrite(program, batch, type(model).__name__, Silent(), Dumps())
+    report = rewrite(program, given, type(model).__name__, Silent(), Dumps())
     if form == "graph":
         from moeify.api.load import trainable
 
@@ -157,7 +172,7 @@ def check_names(recipe: Recipe) -> None:
     for fields in ({"method": recipe.method, "router": recipe.router}, *(fields for _, fields in recipe.overrides)):
         if "method" in fields:
             METHODS.parse(fields["method"])
-        if "router" in fields:
+        if fields.get("router"):
             ROUTERS.parse(fields["router"])
 
 
@@ -179,18 +194,31 @@ def require_blocks(program: Program) -> None:
     raise NoBlocks(f"no feed-forward block to convert; nearest misses:{shown}{more}", hint=hint)
 
 
-def rewrite(program: Program, batch: tuple[torch.Tensor, ...], model: str, progress: Progress, dumps: Dumps) -> Report:
-    """Find, rewrite and verify a captured program in place. Raises VerificationFailed when an exact method is not."""
+def rewrite(
+    program: Program, given: UserData, model: str, progress: Progress, dumps: Dumps, place: Path | None = None
+) -> Report:
+    """Find, rewrite and verify a captured program in place. ``place`` is where the model was read.
+
+    Raises VerificationFailed when an exact method is not.
+    """
     progress.stage("finding feed-forward blocks")
     run(program, FIND, dumps.after)
     require_blocks(program)
+    batch = given.prepare(program, progress, place)
+    stage.check(program)
     report = reporting.describe(program, model)
     progress.stage("recording the dense model")
     dense = _recorded(program, batch)
+    require_profile(program)
     progress.stage("rewriting")
     run(program, REWRITE, dumps.after)
     progress.stage("computing expert weights", total=len(program.pending))
     program.materialise(lambda name: progress.advance())
+    _verify_all_on(report, program, dense)
+    split = stage.to_be_fitted(program)
+    if split:
+        progress.stage("fitting routers and down projections", total=len(split))
+        reporting.fitted(report, stage.fit(program, progress.advance))
     reporting.complete(report, program)
     progress.stage("verifying")
     _verify(report, program, dense)
@@ -212,6 +240,21 @@ def _recorded(program: Program, batch: tuple[torch.Tensor, ...]) -> Recording:
             hint="give others, with --input or --data",
         )
     return dense
+
+
+def _verify_all_on(report: Report, program: Program, dense: Recording) -> None:
+    """Hold every split block with all experts on against the dense one: a partition may lose nothing."""
+    tolerance = tolerance_for(program)
+    errors = all_on_errors(program, dense)
+    for entry in report.blocks:
+        entry.all_on_error = errors.get(entry.anchor)
+        if entry.all_on_error is not None and not entry.all_on_error <= tolerance:
+            raise VerificationFailed(
+                f"the experts of {entry.method}, all on, are not the dense block: the relative error is "
+                f"{entry.all_on_error:.1e}, above {tolerance:.0e}",
+                where=entry.path,
+                hint="nothing was written; this is a bug in moeify: please report it",
+            )
 
 
 def _verify(report: Report, program: Program, dense: Recording) -> None:

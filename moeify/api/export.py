@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 
-from moeify.api import data as data_files
 from moeify.api.load import read_graph
 from moeify.api.progress import Progress, Silent
 from moeify.api.reporting import versions
 from moeify.backends.deploy import Deployed, Deployment
 from moeify.backends.onnxruntime.backend import OnnxRuntime
+from moeify.data import tensors as data_files
 from moeify.errors import OutputNotWritten, UsageError, VerificationFailed
 from moeify.ir.export_report import ExportedCall, ExportReport
 from moeify.ir.program import Program, flat

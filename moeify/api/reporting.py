@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Mapping
 
 import torch
 
 import moeify
 from moeify.experts import METHODS
+from moeify.fitting.figures import Fitted
 from moeify.ir.block import Block
 from moeify.ir.program import Program
 from moeify.ir.report import BlockReport, Report
@@ -36,6 +38,27 @@ def complete(report: Report, program: Program) -> None:
             _figures(entry, sizes)
     report.parameters_after = count_parameters(program)
     report.passes = [{"text": h.text, "seconds": h.seconds, "lines": list(h.lines)} for h in program.history]
+
+
+def fitted(report: Report, figures: Mapping[str, Fitted]) -> None:
+    """Add what the fit of each block gave, by anchor."""
+    for entry in report.blocks:
+        found = figures.get(entry.anchor)
+        if found is None:
+            continue
+        entry.fitted_rows, entry.held_out_rows = found.rows, found.held_out
+        entry.rms_error, entry.repaired_rms_error, entry.repaired = found.error, found.repaired_error, found.kept
+        routing = found.routing
+        entry.router_agreement, entry.load_cv = routing.agreement, routing.load_cv
+        entry.load_entropy = routing.load_entropy
+        if found.repaired_error is None:
+            continue
+        if found.rows < found.unknowns:
+            entry.notes.append(
+                f"repaired on {found.rows} rows for {found.unknowns} weights of each output: more data would tell more"
+            )
+        if not found.kept:
+            entry.notes.append("not repaired: on the rows held out the error would be larger")
 
 
 def count_parameters(program: Program) -> int:
@@ -76,7 +99,7 @@ def _block(program: Program, block: Block) -> BlockReport:
         method, router = METHODS.parse(recipe.method), ROUTERS.parse(recipe.router)
         entry.method, entry.router = str(method), str(router)
         entry.experts, entry.top_k, entry.shared = recipe.experts, recipe.top_k, recipe.shared
-        entry.exact = method.exact and router.gates_sum_to_one
+        entry.exact = method.keeps_function(recipe, router)
     return entry
 
 
@@ -96,10 +119,12 @@ def _figures(entry: BlockReport, sizes: dict[str, tuple[int, ...]]) -> None:
         )
     }
     entry.d_expert = own["experts.up"][1]
+    always = own["shared.up"][0] if "shared.up" in own else 0
+    entry.active_share = (entry.top_k * entry.d_expert + always) / entry.d_ff
     entry.parameters_after = sum(size.numel() for size in own.values())
     active = 0
     for name, size in own.items():
-        if name.endswith("bias"):
+        if "bias" in name:
             continue
         share = size.numel() * entry.top_k // entry.experts if name.startswith("experts.") else size.numel()
         active += 2 * share

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 
-from moeify.api import data as data_files
 from moeify.api.convert import captured
 from moeify.api.load import load, read_graph
 from moeify.api.progress import Silent
 from moeify.backends.pt2.archive import METADATA
+from moeify.data import tensors as data_files
 from moeify.errors import BadInputSpec, UsageError
 from moeify.frontend import capture, holds_metadata
 from moeify.frontend.reasons import first_line

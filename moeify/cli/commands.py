@@ -14,7 +14,9 @@ from moeify.errors import UnknownName
 _TABLE = {
     "convert": ("convert", "Turn a dense model into a verified mixture of experts."),
     "inspect": ("inspect", "See what would be converted, or what was."),
+    "profile": ("profile", "Run a dense model on data, for methods that learn from them."),
     "verify": ("verify", "Compare the outputs of two models."),
+    "quality": ("quality", "Say how far a converted model is from its dense one, on held-out data."),
     "bench": ("bench", "Time a converted model against its dense twin, in PyTorch, ONNX Runtime and TVM."),
     "export": ("export", "Lower what convert wrote to a runtime's file, verified there."),
     "plan": ("plan", "Say what expert parallelism would cost, on any number of devices."),

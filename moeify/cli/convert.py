@@ -25,13 +25,19 @@ def convert(
     router: options.Router = None,
     shared: options.Shared = None,
     shared_gate: options.SharedGate = None,
+    repair: options.Repair = None,
     blocks: options.Blocks = None,
     include: options.Include = [],  # noqa: B006 (typer reads the default, nobody writes to it)
     overrides: options.Overrides = [],  # noqa: B006
     recipe_file: options.RecipeFile = None,
     seed: options.Seed = None,
     inputs: options.Inputs = [],  # noqa: B006
-    data: options.Data = None,
+    data: options.Learn = None,
+    tokenizer: options.Tokenizer = None,
+    sequence: options.Sequence = None,
+    image_mean: options.ImageMean = None,
+    image_std: options.ImageStd = None,
+    profile: options.Profile = None,
     factory: options.Factory = None,
     allow: options.Allow = [],  # noqa: B006
     print_after: Annotated[
@@ -58,13 +64,16 @@ def convert(
         router=router,
         shared=shared,
         shared_gate=shared_gate,
+        repair=repair,
         blocks=blocks,
         seed=seed,
     )
+    mean, std = flags.numbers("--image-mean", image_mean), flags.numbers("--image-std", image_std)
     from moeify import api
     from moeify.cli import summary
     from moeify.cli.output import Screen
     from moeify.cli.progress import Bars
+    from moeify.data.examples import Options
 
     with only_json(as_json), Bars() as bars:
         report = api.convert_file(
@@ -73,6 +82,8 @@ def convert(
             recipe,
             inputs=inputs,
             data=str(data) if data else None,
+            options=Options(tokenizer, sequence, mean, std, seed=recipe.seed),
+            profile=str(profile) if profile else None,
             factory=factory,
             allow=allow,
             progress=bars,
@@ -94,12 +105,13 @@ def convert(
     if time_passes:
         summary.passes_table(screen, report)
     summary.facts(screen, report, hint=f"moeify inspect {model} --near-misses")
+    summary.fit(screen, report)
     summary.proof(screen, report)
     screen.paragraph("wrote", str(report.output), column=summary.COLUMN, style="bold")
 
 
-def default_output(model: str) -> Path:
+def default_output(model: str, ending: str = "moe.pt2") -> Path:
     """``models/dense.pt`` -> ``dense.moe.pt2`` in the current folder."""
     path = Path(model).absolute()
     name = path.stem if path.suffix in _SUFFIXES else path.name
-    return Path(f"{name}.moe.pt2")
+    return Path(f"{name}.{ending}")

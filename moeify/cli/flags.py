@@ -28,6 +28,16 @@ def recipe(file: Path | None, overrides: Sequence[str], include: Sequence[str], 
     return dataclasses.replace(base, **given)
 
 
+def numbers(flag: str, text: str | None) -> tuple[float, ...] | None:
+    """``0.485,0.456,0.406``. Raises BadOption."""
+    if text is None:
+        return None
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise BadOption(f"cannot read {flag} {text!r}", hint=f"write {flag} 0.5 or {flag} 0.5,0.5,0.5") from None
+
+
 def override(text: str) -> tuple[str, dict[str, Any]]:
     """``GLOB:field=value,field=value``; commas inside braces belong to the value."""
     glob, colon, fields = text.partition(":")

@@ -19,6 +19,26 @@ Data = Annotated[
     Path | None,
     typer.Option("--data", metavar="FILE", help="Tensors by input name to verify on, instead of random."),
 ]
+Learn = Annotated[
+    Path | None,
+    typer.Option(
+        "--data",
+        metavar="DATA",
+        help="What to verify on, and what methods that split learn from: a .txt, a folder of images, or tensors.",
+    ),
+]
+Tokenizer = Annotated[
+    str | None,
+    typer.Option(metavar="PLACE", help="Of a text: its folder, a .gguf file, or 'bytes'.  [the model's folder]"),
+]
+Sequence = Annotated[int | None, typer.Option(min=2, metavar="N", help="Tokens of a piece of text.  [128]")]
+ImageMean = Annotated[
+    str | None, typer.Option(metavar="X,X,X", help="Of images, from 0 to 1.  [preprocessor_config.json, or 0.5]")
+]
+ImageStd = Annotated[str | None, typer.Option(metavar="X,X,X", help="Of images.  [preprocessor_config.json, or 0.5]")]
+Profile = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="What 'moeify profile' wrote, instead of profiling the data.")
+]
 Factory = Annotated[
     str | None,
     typer.Option("--factory", metavar="pkg.mod:fn", help="Builds the module that a state_dict belongs to."),
@@ -37,12 +57,20 @@ Method = Annotated[
 Experts = Annotated[int | None, typer.Option(metavar="N", help="Experts per block.  [8]")]
 TopK = Annotated[int | None, typer.Option("--top-k", metavar="K", help="Experts each token goes to.  [2]")]
 Router = Annotated[
-    str | None, typer.Option(metavar="NAME", help="Who chooses them, see 'moeify routers'.  [softmax-topk]")
+    str | None,
+    typer.Option(metavar="NAME", help="Who chooses them, see 'moeify routers'.  [softmax-topk; topk for splits]"),
 ]
 Shared = Annotated[int | None, typer.Option(metavar="N", help="Experts that are always on.  [0]")]
 SharedGate = Annotated[
     bool | None,
     typer.Option("--shared-gate/--no-shared-gate", help="Gate the shared experts by sigmoid(w x)."),
+]
+Repair = Annotated[
+    bool | None,
+    typer.Option(
+        "--repair/--no-repair",
+        help="Fit the down projections of a split block to the dense output on the data.  [where there are data]",
+    ),
 ]
 _WHICH = "Which blocks: all, every:N, first:N, last:N, or globs over module paths.  [all]"
 Blocks = Annotated[str | None, typer.Option("--blocks", "--select", metavar="WHICH", help=_WHICH)]

@@ -11,6 +11,10 @@ from moeify.cli.output import Screen
 from moeify.ir.report import BlockReport, Report
 from moeify.ir.views.labels import group_paths, label
 
+_MEASURED = (
+    "relative_error", "all_on_error", "rms_error", "repaired_rms_error", "repaired", "router_agreement", "load_cv",
+    "load_entropy",
+)  # fmt: skip
 COLUMN = 13  # where the text of "verified     ..." begins
 
 
@@ -50,6 +54,8 @@ def blocks_in_full(screen: Screen, report: Report) -> None:
             if block.relative_error is not None:
                 exact = "keeps the function" if block.exact else "changes the function by design"
                 screen.paragraph("", f"relative error {error(block.relative_error)}, {exact}", column=2)
+            if block.all_on_error is not None:
+                screen.paragraph("", f"relative error with all experts on {error(block.all_on_error)}", column=2)
         else:
             screen.paragraph("", f"left dense: {block.reason}", column=2)
         for note in block.notes:
@@ -78,6 +84,11 @@ def facts(screen: Screen, report: Report, *, hint: str | None) -> None:
         screen.paragraph(
             "parameters", change(report.parameters_before, report.parameters_after) + " in all", column=COLUMN
         )
+    # Experts as wide as the FFN are whole ones: top-k says how many.
+    cut = [b.active_share for b in report.blocks if b.active_share is not None and b.d_expert != b.d_ff]
+    if cut:
+        active = _span([100 * share for share in cut], "{:.3g}%", "of an FFN's hidden units for each token")
+        screen.paragraph("active", active, column=COLUMN)
     for note in report.notes:
         screen.paragraph("note", note, column=COLUMN)
     if report.near_misses and hint:
@@ -85,6 +96,29 @@ def facts(screen: Screen, report: Report, *, hint: str | None) -> None:
         places = "1 place looks" if count == 1 else f"{count} places look"
         screen.paragraph("near misses", f"{places} like a feed-forward block but cannot be one", column=COLUMN)
         screen.line(" " * COLUMN + hint)
+
+
+def fit(screen: Screen, report: Report) -> None:
+    """What fitting split blocks to the data gave, where that was done."""
+    fitted = [block for block in report.blocks if block.rms_error is not None]
+    if not fitted:
+        return
+    rows = " ".join(
+        _span([getattr(block, name) for block in fitted], "{:d}", word)
+        for name, word in (("fitted_rows", "rows, measured on"), ("held_out_rows", "others"))
+    )
+    before = _span([block.rms_error for block in fitted], "{:.3f}", "routed")
+    parts = [f"on {rows}: rms error {before}"]
+    repaired = [b for b in fitted if b.repaired_rms_error is not None]
+    if repaired:
+        after = [b.repaired_rms_error if b.repaired else b.rms_error for b in repaired]
+        parts.append(f"{_span(after, '{:.3f}', 'repaired')}")
+        left = sum(not block.repaired for block in repaired)
+        if left:
+            parts[-1] += f" ({left} left as they were, where it did not help)"
+    parts.append(_span([b.router_agreement for b in fitted], "{:.0%}", "of the choices are the best"))
+    parts.append("loads vary by " + _span([b.load_cv for b in fitted], "{:.2f}", "of their mean"))
+    screen.paragraph("fitted", ", ".join(parts), column=COLUMN)
 
 
 def proof(screen: Screen, report: Report) -> None:
@@ -103,8 +137,12 @@ def proof(screen: Screen, report: Report) -> None:
     if changed:
         blocks = "every block" if not exact else f"{len(changed)} block{'s' * (len(changed) > 1)}"
         parts.append(f"{blocks} changed by design (largest {error(max(changed))})")
+    text = ", ".join([*parts, whole])
+    all_on = [b.all_on_error for b in converted if b.all_on_error is not None]
+    if all_on:
+        text += f"; all experts on: within {report.tolerance:.0e} (largest {error(max(all_on))})"
     head = ("verified" if not changed else "measured") if report.verified else "not verified"
-    screen.paragraph(head, ", ".join([*parts, whole]), column=COLUMN, style="bold")
+    screen.paragraph(head, text, column=COLUMN, style="bold")
 
 
 def passes_table(screen: Screen, report: Report) -> None:
@@ -116,11 +154,18 @@ def passes_table(screen: Screen, report: Report) -> None:
         screen.line(line, "bold" if number == 0 else None)
 
 
+def _span(values: Sequence[Any], form: str, what: str) -> str:
+    """``0.12 to 0.31 repaired``."""
+    ends = list(dict.fromkeys(form.format(value) for value in (min(values), max(values))))
+    return f"{' to '.join(ends)} {what}"
+
+
 def _alike(blocks: Sequence[BlockReport]) -> list[list[BlockReport]]:
-    """Blocks that differ by a number in their path and by their error only."""
+    """Blocks that differ by a number in their path and by what was measured only."""
     same: dict[str, list[BlockReport]] = {}
+    blank: dict[str, Any] = dict.fromkeys((*_MEASURED, "source")) | {"path": "", "anchor": "", "notes": []}
     for block in blocks:
-        figures = dataclasses.replace(block, path="", anchor="", source=None, relative_error=None, notes=[])
+        figures = dataclasses.replace(block, **blank)
         same.setdefault(repr(figures), []).append(block)
     groups = [[m[i] for i in group] for m in same.values() for group in group_paths([b.path for b in m])]
     order = {id(block): position for position, block in enumerate(blocks)}

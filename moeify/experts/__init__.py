@@ -9,5 +9,11 @@ METHODS = Registry(
         "granular": "moeify.experts.granular:Granular",
         "noise": "moeify.experts.noise:Noise",
         "drop": "moeify.experts.drop:Drop",
+        "split-random": "moeify.experts.split_random:SplitRandom",
+        "split-kmeans": "moeify.experts.split_kmeans:SplitKMeans",
+        "split-coactivation": "moeify.experts.split_coactivation:SplitCoactivation",
+        "split-importance": "moeify.experts.split_importance:SplitImportance",
+        "split-energy": "moeify.experts.split_energy:SplitEnergy",
+        "carve": "moeify.experts.carve:Carve",
     },
 )

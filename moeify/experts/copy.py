@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from moeify.experts.base import ExpertPlan, Method
+from moeify.experts.base import ExpertPlan, Material, Method
 from moeify.experts.shared import Shares, shared_experts
 from moeify.ir.block import Block, WeightRef
 from moeify.ir.recipe import BlockRecipe
@@ -26,7 +26,9 @@ class Copy(Method):
     name: ClassVar[str] = "copy"
     exact: ClassVar[bool] = True
 
-    def plan(self, block: Block, recipe: BlockRecipe, seed: int, dtype: torch.dtype) -> ExpertPlan:
+    def plan(
+        self, block: Block, recipe: BlockRecipe, seed: int, dtype: torch.dtype, material: Material | None = None
+    ) -> ExpertPlan:
         shares = Shares.of(recipe, active=recipe.top_k)
         return ExpertPlan(
             num_experts=recipe.experts,

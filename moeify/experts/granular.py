@@ -8,8 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from moeify.errors import BadRecipe, NotDivisible, Refused
-from moeify.experts.base import ExpertPlan, Method
+from moeify.errors import BadRecipe, NotDivisible
+from moeify.experts.base import ExpertPlan, Material, Method
+from moeify.experts.cutting import check_can_be_cut
 from moeify.experts.shared import Shares, shared_experts
 from moeify.ir.block import Block, WeightRef
 from moeify.ir.recipe import BlockRecipe
@@ -32,7 +33,9 @@ class Granular(Method):
 
     shards: int = 0
 
-    def plan(self, block: Block, recipe: BlockRecipe, seed: int, dtype: torch.dtype) -> ExpertPlan:
+    def plan(
+        self, block: Block, recipe: BlockRecipe, seed: int, dtype: torch.dtype, material: Material | None = None
+    ) -> ExpertPlan:
         shards = self.shards or recipe.top_k
         _check(block, recipe, shards)
         shares = Shares.of(recipe, active=recipe.top_k / shards)
@@ -74,35 +77,12 @@ def _check(block: Block, recipe: BlockRecipe, shards: int) -> None:
             where=block.path,
             hint=_choose(fits) if fits else f"{_choose(divisors)} for --top-k" if divisors else "use --method copy",
         )
-    if shards > 1 and block.region is not None:
-        if not block.region_is_pointwise:
-            raise Refused(
-                "the hidden value is normalised over its whole width: it cannot be cut into shards",
-                where=block.path,
-                hint="use --method copy",
-            )
-        wide = _wide_parameter(block)
-        if wide is not None:
-            raise Refused(
-                f"the activation reads a tensor over the hidden width, {wide}: it cannot be cut into shards",
-                where=block.path,
-                hint="use --method copy",
-            )
+    if shards > 1:
+        check_can_be_cut(block, "shards")
 
 
 def _choose(numbers: list[int]) -> str:
     return f"choose {'one of ' if len(numbers) > 1 else ''}{', '.join(map(str, numbers))}"
-
-
-def _wide_parameter(block: Block) -> str | None:
-    """The first tensor of more than one value that the activation reads."""
-    region = block.region
-    assert region is not None
-    for node in region.graph.find_nodes(op="get_attr"):
-        owner, _, leaf = node.target.rpartition(".")
-        if getattr(region.get_submodule(owner), leaf).numel() > 1:
-            return node.target
-    return None
 
 
 def _output_bias(anchor: str, bias: WeightRef, dtype: torch.dtype) -> WeightRecipe:

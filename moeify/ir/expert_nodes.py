@@ -35,8 +35,10 @@ def unflatten_tokens(emit: Emitter, y_TD: fx.Node, x: fx.Node) -> fx.Node:
     return emit.call("dispatch", _aten.reshape.default, y_TD, [*sizes, y_TD.meta["val"].shape[-1]])
 
 
-def uniform_routing(emit: Emitter, x_TD: fx.Node, num_experts: int) -> tuple[fx.Node, fx.Node]:
-    """All experts for every token, each with weight 1 / E: ``(experts_TE, weights_TE)``."""
+def uniform_routing(
+    emit: Emitter, x_TD: fx.Node, num_experts: int, weight: float | None = None
+) -> tuple[fx.Node, fx.Node]:
+    """All experts for every token, each with ``weight``, None for 1 / E: ``(experts_TE, weights_TE)``."""
     val = x_TD.meta["val"]
     tokens = _size(emit, x_TD, 0, "router")
     arange = emit.call(
@@ -47,7 +49,7 @@ def uniform_routing(emit: Emitter, x_TD: fx.Node, num_experts: int) -> tuple[fx.
         "router",
         _aten.full.default,
         [tokens, num_experts],
-        1.0 / num_experts,
+        1.0 / num_experts if weight is None else weight,
         dtype=val.dtype,
         device=val.device,
         pin_memory=False,
@@ -124,9 +126,12 @@ def hidden_value(emit: Emitter, block: Block, pre: list[fx.Node], role: str, tra
 
 
 def _region_by_copies(emit: Emitter, block: Block, pre: list[fx.Node], role: str) -> fx.Node:
-    """The region over ``[T, S*F]``, as rows of width F: it may hold a norm or parameters of that width."""
+    """The region over ``[T, S*F]``, as rows of width F: it may hold a norm or parameters of that width.
+
+    A part of the hidden units, narrower than F, goes as it is: only a pointwise region is ever cut.
+    """
     width = pre[0].meta["val"].shape[1]
-    if width == block.d_ff:
+    if width <= block.d_ff:
         return hidden_value(emit, block, pre, role, False)
     rows = [emit.call(role, _aten.reshape.default, node, [-1, block.d_ff]) for node in pre]
     hidden = hidden_value(emit, block, rows, role, False)

@@ -13,6 +13,7 @@ import torch
 from torch import fx, nn
 
 from moeify.ir.block import Block, NearMiss
+from moeify.ir.profile import Profile
 from moeify.ir.recipe import Recipe
 from moeify.ir.weights import WeightRecipe
 
@@ -58,6 +59,8 @@ class Program:
     pending: dict[str, WeightRecipe] = field(default_factory=dict)
     history: list[HistoryEntry] = field(default_factory=list)
     provenance: dict[str, Any] = field(default_factory=dict)  # source file, digest, versions, capture mode and notes
+    profile: Profile | None = None  # what the user's data say about the blocks, where they were run
+    plans: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)  # see experts.planning
     fakes: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)  # see ir.emit
 
     @property
@@ -140,7 +143,7 @@ class Program:
         twin.graph_module = copy.deepcopy(self.graph_module, memo={id(t): t for t in shared})
         for name in ("blocks", "near_misses", "history"):
             setattr(twin, name, list(getattr(self, name)))
-        for name in ("selected", "pending", "provenance"):
+        for name in ("selected", "pending", "provenance", "plans"):
             setattr(twin, name, dict(getattr(self, name)))
         return twin
 

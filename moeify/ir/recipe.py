@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,20 +15,24 @@ from moeify.errors import BadRecipe, UnreadableFile
 
 METHOD_DEFAULT = "copy"
 ROUTER_DEFAULT = "softmax-topk"
+# For methods that split a block: its parts add up with weight 1 each, and softmax-topk's weights sum to 1.
+ROUTER_OF_SPLITS = "topk"
+_SPLITS = re.compile(r"\s*(carve|split-)")
 
 
 @dataclass(frozen=True)
 class BlockRecipe:
     """What one block becomes. ``method`` and ``router`` are texts such as ``drop{ratio=0.25}`` (see
-    ``moeify.registry``).
+    ``moeify.registry``); no router means the one that goes with the method, see ``with_router``.
     """
 
     method: str = METHOD_DEFAULT
     experts: int = 8
     top_k: int = 2
-    router: str = ROUTER_DEFAULT
+    router: str = ""
     shared: int = 0  # shared experts, always on
     shared_gate: bool = False  # gate the shared experts by sigmoid(w x)
+    repair: bool = True  # of methods that split, where there are data: fit the down projections to the dense output
 
     def __post_init__(self) -> None:
         for name in ("experts", "top_k", "shared"):
@@ -36,7 +41,8 @@ class BlockRecipe:
                 raise BadRecipe(f"{_flag(name)} is {value!r}: it must be a whole number of at least {least}")
         for name in ("method", "router"):
             _check_type(name, getattr(self, name), str, "a text")
-        _check_type("shared_gate", self.shared_gate, bool, "true or false")
+        for name in ("shared_gate", "repair"):
+            _check_type(name, getattr(self, name), bool, "true or false")
         if self.top_k > self.experts:
             raise BadRecipe(
                 f"top-k {self.top_k} is larger than the number of experts, {self.experts}",
@@ -44,6 +50,12 @@ class BlockRecipe:
             )
         if self.shared_gate and not self.shared:
             raise BadRecipe("shared-gate gates the shared experts, and there are none", hint="add --shared 1")
+
+    def with_router(self) -> BlockRecipe:
+        """The same recipe naming its router: where it names none, ``topk`` for a split, else ``softmax-topk``."""
+        if self.router:
+            return self
+        return dataclasses.replace(self, router=ROUTER_OF_SPLITS if _SPLITS.match(self.method) else ROUTER_DEFAULT)
 
 
 @dataclass(frozen=True)
@@ -73,12 +85,12 @@ class Recipe(BlockRecipe):
             self._with(fields)
 
     def for_block(self, path: str) -> BlockRecipe:
-        """The recipe of the block at a module path."""
+        """The recipe of the block at a module path, its router named."""
         merged: dict[str, Any] = {}
         for glob, fields in self.overrides:
             if fnmatch.fnmatchcase(path, glob):
                 merged.update(fields)
-        return self._with(merged)
+        return self._with(merged).with_router()
 
     def _with(self, fields: Mapping[str, Any]) -> BlockRecipe:
         base = {name: getattr(self, name) for name in _block_fields()}

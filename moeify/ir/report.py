@@ -34,6 +34,17 @@ class BlockReport:
     flops_per_token_after: int = 0
     relative_error: float | None = None
     exact: bool | None = None  # whether method and router promise to keep the function
+    active_share: float | None = None  # hidden units a token goes through, shared ones included, over those of the FFN
+    all_on_error: float | None = None  # relative error with every expert on with weight 1, for methods that split
+    # Of a split block, on rows of the data that nothing was fitted to; see fitting.figures.Fitted.
+    fitted_rows: int | None = None
+    held_out_rows: int | None = None
+    rms_error: float | None = None  # root mean square of the difference over that of the dense block's output
+    repaired_rms_error: float | None = None  # the same after the repair
+    repaired: bool = False  # the repair was better, and is in the weights
+    router_agreement: float | None = None  # share of the chosen experts that are among the largest
+    load_cv: float | None = None  # standard deviation of the experts' loads over their mean
+    load_entropy: float | None = None  # of the loads, over that of equal ones
     notes: list[str] = field(default_factory=list)
 
 

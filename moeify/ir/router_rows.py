@@ -14,7 +14,8 @@ _aten = torch.ops.aten
 _moe = torch.ops.moeify
 
 # These treat all experts alike: pointwise over [T, E] scores, along the whole last axis of them, or on the numbers of
-# chosen experts without reading anything into a number but equality and the order of equal ones.
+# chosen experts without reading anything into a number but equality and the order of equal ones. No activation is
+# here: where one is flat (a ReLU that no unit passes), scores tie whose rows differ, and the order would decide.
 _ALIKE = frozenset(
     {
         _aten.softmax.int, _aten.sigmoid.default, _aten.softplus.default, _aten.add.Tensor, _aten.mul.Tensor,
@@ -30,7 +31,9 @@ _ENDS = frozenset({_moe.permute.default, _moe.unpermute.default, _moe.dispatch_f
 
 @dataclass(frozen=True)
 class RouterRows:
-    """Names of parameters [E, ...] with a row per expert, and of tables whose values are numbers of experts."""
+    """Names of parameters with a row per expert (weights [E, D], biases [E]), and of tables whose values are numbers
+    of experts.
+    """
 
     by_row: tuple[str, ...]
     by_value: tuple[str, ...]
@@ -39,7 +42,8 @@ class RouterRows:
         """Experts whose rows are bit for bit alike, and so always have equal scores; classes of two or more."""
         if not self.by_row:
             return []
-        rows = torch.cat([program.parameter(name).detach().flatten(1).double() for name in self.by_row], dim=1)
+        values = [_value(program, name).detach().double() for name in self.by_row]
+        rows = torch.cat([value.reshape(len(value), -1) for value in values], dim=1)
         _, number = torch.unique(rows, dim=0, return_inverse=True)
         classes: dict[int, list[int]] = {}
         for expert, of in enumerate(number.tolist()):
@@ -64,7 +68,7 @@ def router_rows(program: Program, block: str, chosen: Sequence[tuple[object, int
     for read in reads:
         value = program.parameter(str(read.target))
         for user in read.users:
-            if user.target == _aten.linear.default and user.args[1] is read and len(user.args) == 2:
+            if user.target == _aten.linear.default and read in user.args[1:]:
                 if value.shape[0] != experts:
                     return f"{read.target} has {value.shape[0]} rows for {experts} experts"
                 by_row[str(read.target)] = None
@@ -77,6 +81,11 @@ def router_rows(program: Program, block: str, chosen: Sequence[tuple[object, int
     if reason is None and not all(_depends(node, starts) for node in results):
         reason = "a call does not choose by these parameters"
     return reason or RouterRows(tuple(by_row), tuple(by_value))
+
+
+def _value(program: Program, name: str) -> torch.Tensor:
+    recipe = program.pending.get(name)
+    return program.parameter(name) if recipe is None else recipe.materialise(program.parameter)
 
 
 def _not_alike(starts: set[fx.Node]) -> str | None:

@@ -59,11 +59,12 @@ class MoE(nn.Module):
     ``down(act(gate(x)) * up(x))`` when ``gate`` is among the roles.
 
     ``roles`` names the weights an expert has: ``up`` and ``down``, and any of ``gate``, ``up_bias``, ``gate_bias``,
-    ``down_bias``; the shared FFN has the same ones. ``activation`` is a name of ``moeify.ir.activations`` or a module
-    over rows, called with (u) or (u, g) and giving the hidden value, gate product included. ``hidden_dropout`` acts in
-    training mode, and only with a named activation. ``shared`` is the width of the shared FFN, all always-on experts
-    together; where it is a multiple of ``d_expert`` the module sees rows of that width. Parameters are drawn as in
-    torch.nn.Linear, the router's excepted; on the meta device they are left alone.
+    ``down_bias``; the shared FFN has the same ones, or ``shared_roles``, which may differ in ``down_bias``.
+    ``activation`` is a name of ``moeify.ir.activations`` or a module over rows, called with (u) or (u, g) and giving
+    the hidden value, gate product included. ``hidden_dropout`` acts in training mode, and only with a named activation.
+    ``shared`` is the width of the shared FFN, all always-on experts together; where it is a multiple of ``d_expert``
+    the module sees rows of that width. Parameters are drawn as in torch.nn.Linear, the router's excepted; on the meta
+    device they are left alone.
 
     Raises UsageError for arguments that contradict each other, UnknownName for an unknown activation.
     """
@@ -80,6 +81,7 @@ class MoE(nn.Module):
         activation: str | nn.Module = "gelu",
         hidden_dropout: float = 0.0,
         shared: int | None = None,
+        shared_roles: Collection[str] | None = None,
         shared_gate: bool = False,
         output_bias: bool = False,
         layout: Layout = "channels-last",
@@ -87,6 +89,8 @@ class MoE(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        if shared_roles is not None:
+            _check_shared(roles, shared_roles, shared)
         _check(roles, activation, hidden_dropout, shared, shared_gate, layout, router, num_experts)
         kind = {"device": torch.device(device) if device is not None else None, "dtype": dtype}
         self.d_model, self.d_out, self.d_expert, self.num_experts = d_model, d_out, d_expert, num_experts
@@ -96,7 +100,7 @@ class MoE(nn.Module):
         self.region = None if isinstance(activation, str) else activation
         self.experts = Weights(_shapes(roles, (num_experts,), d_model, d_expert, d_out), **kind)
         self.router = router
-        self.shared = Weights(_shapes(roles, (), d_model, shared, d_out), **kind) if shared else None
+        self.shared = Weights(_shapes(shared_roles or roles, (), d_model, shared, d_out), **kind) if shared else None
         self.shared_gate = nn.Linear(d_model, 1, bias=False, **kind) if shared_gate else None
         self.output_bias = nn.Parameter(torch.zeros(d_out, **kind)) if output_bias else None  # type: ignore[arg-type]
         if self.experts.up.device.type != "meta":
@@ -171,6 +175,15 @@ def _shapes(
         "down_bias": (d_out,),
     }
     return {role: (*stack, *shapes[role]) for role in roles}
+
+
+def _check_shared(roles: Collection[str], shared_roles: Collection[str], shared: int | None) -> None:
+    if not shared:
+        raise UsageError("shared_roles names the weights of the shared experts, and there are none")
+    # They differ in what is added once for all experts, and in nothing else.
+    differing = sorted((set(roles) ^ set(shared_roles)) - {"down_bias"})
+    if differing:
+        raise UsageError(f"routed and shared experts differ in {differing[0]!r}: only down_bias may differ")
 
 
 def _check(

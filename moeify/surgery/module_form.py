@@ -9,6 +9,7 @@ import torch
 from torch import fx, nn
 
 from moeify.errors import Refused
+from moeify.experts.planning import plan_block
 from moeify.ir.block import Block
 from moeify.ir.program import Program
 from moeify.ir.token_ids import embedded_ids, ids_of_rows
@@ -38,7 +39,7 @@ def apply(model: nn.Module, program: Program, *, in_place: bool = True) -> nn.Mo
     )
     if not in_place:
         model = copy.deepcopy(model)
-    rewrite(model, conversion, known=functools.partial(_computed, program))
+    rewrite(model, conversion, functools.partial(_computed, program), functools.partial(plan_block, program))
     guard(model)
     return model
 

@@ -28,17 +28,19 @@ from moeify.surgery.slot import Leave, Skip, Slot
 from moeify.surgery.token_ids import TokenIds, tap
 
 Known = Callable[[str], torch.Tensor | None]
+Planner = Callable[[Block], ExpertPlan]
 
 
-def rewrite(model: nn.Module, conversion: Conversion, known: Known | None) -> None:
+def rewrite(model: nn.Module, conversion: Conversion, known: Known | None, plan: Planner | None = None) -> None:
     """Put the mixtures in.
 
     ``known`` gives values by name that are computed already; those it does not have come from the dense weights.
-    With None instead of ``known`` the new parameters stay on the meta device and nothing dense is read.
+    With None instead of ``known`` the new parameters stay on the meta device and nothing dense is read. ``plan``
+    gives the plan of a block where there is one; without it names and shapes are planned from the recipe alone.
     """
     if hasattr(model, ATTRIBUTE):
         raise UsageError(f"this {type(model).__name__} has been converted already", hint="convert the dense model")
-    jobs = [_Job(model, block, conversion) for block in conversion.blocks]
+    jobs = [_Job(model, block, conversion, plan) for block in conversion.blocks]
     holders = {path: tap(model, path) for path in sorted(set(conversion.token_ids_of.values()))}
     left = Counter(name for job in jobs for name in job.sources())
     kept: dict[str, torch.Tensor] = {}
@@ -62,6 +64,7 @@ class _Job:
     model: nn.Module
     block: Block
     conversion: Conversion
+    planner: Planner | None
 
     def __post_init__(self) -> None:
         block, recipe = self.block, self.conversion.recipe
@@ -69,8 +72,11 @@ class _Job:
         self.recipe: BlockRecipe = recipe.for_block(block.path)
         up = tensor_at(self.model, block.up.parameter)
         self.dtype, self.device, self.requires_grad = up.dtype, up.device, up.requires_grad
-        self.plan: ExpertPlan = METHODS.parse(self.recipe.method).plan(block, self.recipe, recipe.seed, up.dtype)
-        self.spec = ROUTERS.parse(self.recipe.router)
+        method = METHODS.parse(self.recipe.method)
+        self.plan: ExpertPlan = (
+            method.plan(block, self.recipe, recipe.seed, up.dtype) if self.planner is None else self.planner(block)
+        )
+        self.spec = ROUTERS.parse(self.recipe.router).for_block(block)
         self.embedding = self.conversion.token_ids_of.get(block.anchor)
 
     def sources(self) -> set[str]:
@@ -118,6 +124,7 @@ class _Job:
             activation=Region(block.region) if block.region is not None else block.activation,
             hidden_dropout=0.0 if block.region is not None else block.hidden_dropout,
             shared=plan.shared["up"].shape[0] if plan.shared else None,
+            shared_roles=tuple(plan.shared) or None,
             shared_gate=plan.shared_gate,
             output_bias=plan.output_bias is not None,
             layout=block.layout if owned else "channels-last",  # type: ignore[arg-type]
@@ -128,13 +135,16 @@ class _Job:
         return layer
 
     def _fill(self, layer: Placed, dense: dict[str, torch.Tensor], known: Known) -> None:
-        for recipe in _recipes(self.block, self.plan):
+        for role in dict(layer.router.named_parameters()):
+            # What a program drew or fitted; without it the layer's own draw, which is the same.
+            drawn = known(f"{self.block.anchor}.router.{role}")
+            if drawn is not None:
+                _assign(layer.router, role, drawn)
+        starts = self.spec.recipes(self.block, self.plan.units, self.dtype)
+        for recipe in (*_recipes(self.block, self.plan), *starts):
             name = recipe.name.removeprefix(f"{self.block.anchor}.")
-            path, _, leaf = name.rpartition(".")
             value = known(recipe.name)
-            if value is None:
-                value = recipe.materialise(dense.__getitem__)
-            layer.get_submodule(path)._parameters[leaf] = nn.Parameter(value.detach())
+            _assign(layer, name, recipe.materialise(dense.__getitem__) if value is None else value)
 
     def _put_owned(self, layer: Owned, owner: nn.Module) -> None:
         block = self.block
@@ -171,6 +181,11 @@ def _recipes(block: Block, plan: ExpertPlan) -> Iterable[WeightRecipe]:
             lambda up: up.new_zeros(shape),
             plan.weights["up"].dtype,
         )
+
+
+def _assign(module: nn.Module, name: str, value: torch.Tensor) -> None:
+    path, _, leaf = name.rpartition(".")
+    module.get_submodule(path)._parameters[leaf] = nn.Parameter(value.detach())
 
 
 def _copy_hooks(old: nn.Module, new: nn.Module) -> None:

@@ -50,7 +50,7 @@ class Recording:
             return value
 
         with torch.no_grad(), in_float32(program) as module:
-            self.outputs = flat(_Tapped(module, keep).run(*_widen(inputs)))
+            self.outputs = flat(_Tapped(module, keep).run(*widened(inputs)))
 
     def block_errors(self, program: Program) -> dict[str, float]:
         """Maximum relative error of each block that is tagged in the rewritten program, by anchor."""
@@ -62,13 +62,13 @@ class Recording:
             return dense
 
         with torch.no_grad(), in_float32(program) as module:
-            _Tapped(module, compare).run(*_widen(self.inputs))
+            _Tapped(module, compare).run(*widened(self.inputs))
         return errors
 
     def model_error(self, program: Program) -> float:
         """Maximum relative error over the outputs of the whole model."""
         with torch.no_grad(), in_float32(program) as module:
-            outputs = flat(module(*_widen(self.inputs)))
+            outputs = flat(module(*widened(self.inputs)))
         return outputs_error(outputs, self.outputs)
 
 
@@ -120,5 +120,6 @@ def _widen_dtype(value: Any) -> Any:
     return torch.float32 if isinstance(value, torch.dtype) and value in _HALF else value
 
 
-def _widen(inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+def widened(inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """Inputs for what ``in_float32`` gives."""
     return tuple(t.float() if t.dtype in _HALF else t for t in inputs)

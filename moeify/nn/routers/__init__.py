@@ -8,6 +8,7 @@ ROUTERS = Registry(
         "softmax-topk": "moeify.nn.routers.softmax_topk:SoftmaxTopK",
         "noisy-topk": "moeify.nn.routers.noisy_topk:NoisyTopK",
         "switch": "moeify.nn.routers.switch:Switch",
+        "topk": "moeify.nn.routers.topk:TopK",
         "hash": "moeify.nn.routers.hash:Hash",
     },
 )

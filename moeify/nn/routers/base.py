@@ -8,13 +8,16 @@ train flag).
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from moeify.errors import BadOption
+from moeify.ir.block import Block
+from moeify.ir.weights import WeightRecipe
 from moeify.registry import render
 
 
@@ -27,6 +30,17 @@ class Router(nn.Module):
     def reset(self, generator: torch.Generator, repeat: int = 1) -> None:
         """Draw the initial values; consecutive groups of ``repeat`` experts get the same row."""
         raise NotImplementedError(type(self).__name__)  # abstract: each one defines its own
+
+
+@dataclass(frozen=True)
+class Units:
+    """The hidden units of the experts of a split: ``find()`` gives them, [num_experts, width], the unit that stands for
+    the expert first. It may take seconds, so it is called when a weight is computed and not before.
+    """
+
+    num_experts: int
+    width: int
+    find: Callable[[], Tensor]
 
 
 @dataclass(frozen=True)
@@ -47,6 +61,23 @@ class RouterSpec:
     def gates_sum_to_one(self) -> bool:
         """Whether the weights of every token sum to 1: what makes `copy` exact."""
         raise NotImplementedError(type(self).__name__)  # abstract: each one defines its own
+
+    def gates_are_one(self, top_k: int) -> bool:
+        """Whether every chosen expert has the weight 1: what makes a split with all experts on exact."""
+        return self.gates_sum_to_one and top_k == 1
+
+    def for_block(self, block: Block) -> RouterSpec:
+        """The options with what they need of the block filled in: its activation, which biases it has. Raises Refused
+        for a block whose experts this router cannot choose."""
+        return self
+
+    def recipes(self, block: Block, units: Units | None, dtype: torch.dtype) -> list[WeightRecipe]:
+        """Parameters, named ``{anchor}.router.*``, that start from the block's own weights; ``reset`` draws the others.
+
+        ``units`` is None where experts are no parts of the block. Raises Refused or BadOption where the start cannot be
+        made.
+        """
+        return []
 
     def build(
         self, d_model: int, num_experts: int, top_k: int, *, dtype: torch.dtype, vocabulary: int | None = None

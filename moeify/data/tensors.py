@@ -1,4 +1,4 @@
-"""The user's data for verification: tensors by input name, read without executing anything."""
+"""Tensors by input name, read without executing anything."""
 
 from __future__ import annotations
 
@@ -31,16 +31,24 @@ def fit(
 
     Raises BadInputSpec when they do not fit, and for tensors on which nothing can be compared.
     """
+    tensors = named(tensors, specs, source)
+    return tuple(_fitted(tensors[spec.name], spec, source) for spec in specs)
+
+
+def named(
+    tensors: Mapping[str, torch.Tensor] | Sequence[torch.Tensor], specs: Sequence[InputSpec], source: str
+) -> dict[str, torch.Tensor]:
+    """The model's inputs by name; their shapes are not looked at. Raises BadInputSpec where one is missing."""
     if not isinstance(tensors, Mapping):
         if len(tensors) != len(specs):
             raise BadInputSpec(f"{source} holds {len(tensors)} tensors and the model reads {len(specs)}")
-        tensors = {spec.name: tensor for spec, tensor in zip(specs, tensors)}
+        return {spec.name: tensor for spec, tensor in zip(specs, tensors)}
     missing = [spec.name for spec in specs if spec.name not in tensors]
     if missing:
         raise BadInputSpec(
             f"{source} has no tensor named {missing[0]!r}", hint=f"the model reads {', '.join(map(str, specs))}"
         )
-    return tuple(_fitted(tensors[spec.name], spec, source) for spec in specs)
+    return {spec.name: tensors[spec.name] for spec in specs}
 
 
 def tensors(path: Path) -> dict[str, torch.Tensor] | list[torch.Tensor]:

@@ -1,0 +1,80 @@
+"""How far a split block is from the dense one, and how its router chooses."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moeify.fitting.mixture import Mixture
+from moeify.fitting.routers import largest
+from moeify.nn.routers.base import Router
+
+ROWS = 1024  # of hidden values at a time
+
+
+@dataclass(frozen=True)
+class Routing:
+    """How a router chooses. ``agreement`` is the share of a token's chosen experts that are among its ``top_k`` of the
+    largest outputs; ``load_cv`` the standard deviation of the experts' loads over their mean; ``load_entropy`` the
+    entropy of the loads over that of equal ones.
+    """
+
+    agreement: float
+    load_cv: float
+    load_entropy: float
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """Figures of one block on rows that were not fitted to.
+
+    Errors are the root mean square of the difference to the dense block over that of the dense block's output, both
+    on the inputs that the converted model gives: with the fitted router, and with the repaired weights too (None where
+    there was no repair). ``unknowns`` are those of the repair for each output.
+    """
+
+    rows: int  # fitted to
+    held_out: int
+    error: float
+    repaired_error: float | None
+    kept: bool  # whether the repair was better, and so is in the weights
+    unknowns: int
+    routing: Routing
+
+
+def gates(router: Router, x_ND: Tensor, experts: int) -> Tensor:
+    """The weight of every expert [N, E], zero for those not chosen."""
+    experts_NK, weights_NK = router(x_ND)
+    return x_ND.new_zeros(len(x_ND), experts).scatter_(1, experts_NK, weights_NK.float())
+
+
+def rms_error(mixture: Mixture, router: Router, x_ND: Tensor, whole: Callable[[Tensor], Tensor]) -> float:
+    """``Fitted.error`` on rows x; ``whole`` gives the dense block's output for its hidden value."""
+    wrong = right = 0.0
+    for x in x_ND.split(ROWS):
+        h_NF = mixture.hidden(x)
+        y_ND = whole(h_NF)
+        wrong += float((mixture.output(h_NF, gates(router, x, mixture.experts)) - y_ND).double().square().sum())
+        right += float(y_ND.double().square().sum())
+    if not right:
+        return 0.0 if not wrong else math.inf
+    return math.sqrt(wrong / right)
+
+
+def routing_of(mixture: Mixture, router: Router, x_ND: Tensor) -> Routing:
+    load_E = torch.zeros(mixture.experts, dtype=torch.float64)
+    agreed = 0.0
+    for x in x_ND.split(ROWS):
+        chosen_NE = x.new_zeros(len(x), mixture.experts).scatter_(1, router(x)[0], 1.0)
+        agreed += float((chosen_NE * largest(mixture.sizes(mixture.hidden(x)), router.top_k)).sum())
+        load_E += chosen_NE.sum(0).cpu()
+    share_E = load_E / load_E.sum()
+    return Routing(
+        agreement=agreed / (len(x_ND) * router.top_k),
+        load_cv=float(load_E.std(correction=0) / load_E.mean()),
+        load_entropy=-float(torch.special.xlogy(share_E, share_E).sum()) / math.log(mixture.experts),
+    )

@@ -1,0 +1,123 @@
+"""The modules of the topk router, one for each kind of score."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moeify.ir.activations import lookup
+from moeify.nn.routers.base import Router
+from moeify.nn.routers.choose import highest, repeated_normal
+
+
+class TopKRouter(Router):
+    """``S`` = the k highest of ``scores(x)``, the lower expert among equals; ``g = 1``."""
+
+    def __init__(self, num_experts: int, top_k: int) -> None:
+        super().__init__()
+        self.num_experts, self.top_k = num_experts, top_k
+
+    def scores(self, x_TD: Tensor) -> Tensor:
+        """[T, E]."""
+        raise NotImplementedError(type(self).__name__)  # abstract: each one defines its own
+
+    def forward(self, x_TD: Tensor, token_ids_T: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        _, experts_TK = highest(self.scores(x_TD), self.top_k)
+        return experts_TK, torch.ones_like(experts_TK, dtype=x_TD.dtype)
+
+
+class LinearTopK(TopKRouter):
+    """``W x + b``: ``weight`` [E, D], ``bias`` [E], which starts at zero."""
+
+    def __init__(self, d_model: int, num_experts: int, top_k: int, std: float, dtype: torch.dtype) -> None:
+        super().__init__(num_experts, top_k)
+        self.std = std
+        self.weight = nn.Parameter(torch.empty(num_experts, d_model, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(num_experts, dtype=dtype))
+
+    def reset(self, generator: torch.Generator, repeat: int = 1) -> None:
+        shape = (self.num_experts, self.weight.shape[1])
+        with torch.no_grad():
+            self.weight.copy_(repeated_normal(shape, self.std, generator, repeat, self.weight))
+            self.bias.zero_()
+
+    def scores(self, x_TD: Tensor) -> Tensor:
+        return F.linear(x_TD, self.weight, self.bias)
+
+
+class MlpTopK(TopKRouter):
+    """``W relu(U x + a) + b``: ``up`` [H, D], ``up_bias`` [H], ``weight`` [E, H], ``bias`` [E].
+
+    The first layer starts as torch.nn.Linear does, uniform in +-1/sqrt(D); the biases start at zero.
+    """
+
+    def __init__(self, d_model: int, hidden: int, num_experts: int, top_k: int, std: float, dtype: torch.dtype) -> None:
+        super().__init__(num_experts, top_k)
+        self.std = std
+        self.up = nn.Parameter(torch.empty(hidden, d_model, dtype=dtype))
+        self.up_bias = nn.Parameter(torch.empty(hidden, dtype=dtype))
+        self.weight = nn.Parameter(torch.empty(num_experts, hidden, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(num_experts, dtype=dtype))
+
+    def reset(self, generator: torch.Generator, repeat: int = 1) -> None:
+        hidden, d_model = self.up.shape
+        with torch.no_grad():
+            drawn = torch.rand(hidden, d_model, generator=generator).mul_(2).sub_(1).div_(math.sqrt(d_model))
+            self.up.copy_(drawn)
+            self.weight.copy_(repeated_normal((self.num_experts, hidden), self.std, generator, repeat, self.weight))
+            self.up_bias.zero_()
+            self.bias.zero_()
+
+    def scores(self, x_TD: Tensor) -> Tensor:
+        return F.linear(F.relu(F.linear(x_TD, self.up, self.up_bias)), self.weight, self.bias)
+
+
+class NeuronTopK(TopKRouter):
+    """``sum over j of |h_{e,j}(x)|`` with ``h = act(u)`` or ``act(g) * u``: hidden units of the dense block.
+
+    The rows of the j-th unit of every expert are ``up.{j}`` [E, D], and ``gate.{j}``, ``up_bias.{j}`` [E],
+    ``gate_bias.{j}`` where the block has them. They are parameters of the router's own, filled from the block
+    (``RouterSpec.recipes``); ``reset`` alone leaves zeros.
+    """
+
+    def __init__(
+        self,
+        activation: str,
+        roles: Sequence[str],
+        representatives: int,
+        d_model: int,
+        num_experts: int,
+        top_k: int,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__(num_experts, top_k)
+        self.activation = activation
+        self.representatives = representatives
+        for role in ("up", "gate", "up_bias", "gate_bias"):
+            shape = (num_experts,) if role.endswith("bias") else (num_experts, d_model)
+            drawn = [nn.Parameter(torch.empty(shape, dtype=dtype)) for _ in range(representatives)]
+            self.add_module(role, nn.ParameterList(drawn) if role in roles else None)
+
+    def reset(self, generator: torch.Generator, repeat: int = 1) -> None:
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.zero_()
+
+    def scores(self, x_TD: Tensor) -> Tensor:
+        score_TE = self._size(x_TD, 0)
+        for j in range(1, self.representatives):
+            score_TE = score_TE + self._size(x_TD, j)
+        return score_TE
+
+    def _size(self, x_TD: Tensor, j: int) -> Tensor:
+        act = lookup(self.activation)
+        u_TE = self._linear(x_TD, "up", j)
+        return (act(u_TE) if self.gate is None else act(self._linear(x_TD, "gate", j)) * u_TE).abs()
+
+    def _linear(self, x_TD: Tensor, role: str, j: int) -> Tensor:
+        rows, bias = getattr(self, role), getattr(self, f"{role}_bias")
+        return F.linear(x_TD, rows[j], None if bias is None else bias[j])
