@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,11 @@ def go_on(
     return saved, {name: p.detach() for name, p in module.named_parameters()}
 
 
+def in_small_files(mesh: DeviceMesh, folder: Path, limit: int) -> Path:
+    checkpoint.FILE_BYTES = limit
+    return go_on(mesh, folder, None, 1)[0]
+
+
 def load(mesh: DeviceMesh, found: Path, recipe: dict[str, Any]) -> str:
     module = bind(rank_work.part(mesh, program(**recipe)), mesh)
     checkpoint.load(module, mesh, found)
@@ -103,6 +109,13 @@ def disk_full(mesh: DeviceMesh, folder: Path) -> None:
     checkpoint.save(module, mesh, folder, 9)
 
 
+def killed_while_writing(mesh: DeviceMesh, folder: Path, seconds: float) -> None:
+    module = bind(rank_work.part(mesh, program()), mesh, timeout=seconds)
+    if _is_last():
+        HuggingFaceStorageWriter.write_data = _end  # type: ignore[method-assign]
+    checkpoint.save(module, mesh, folder, 9)
+
+
 def diverged(mesh: DeviceMesh, folder: Path) -> None:
     """An expert of the last rank has become NaN."""
     module = bind(rank_work.part(mesh, program()), mesh)
@@ -111,6 +124,10 @@ def diverged(mesh: DeviceMesh, folder: Path) -> None:
         with torch.no_grad():
             module.get_parameter(name)[0, 0, 0] = float("nan")
     checkpoint.save(module, mesh, folder, 9)
+
+
+def _end(*_: Any) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def transposed(mesh: DeviceMesh, folder: Path) -> Path:

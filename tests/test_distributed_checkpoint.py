@@ -55,6 +55,22 @@ def test_one_file_and_back(tmp_path: Path) -> None:
         assert torch.equal(whole[name], value), name
 
 
+def test_no_file_is_much_larger_than_its_limit(tmp_path: Path) -> None:
+    """A rank copies a file in memory before it writes it."""
+    limit, header = 4096, 2048
+    outcomes = ranks.results(ranks.run(work.in_small_files, 2, tmp_path / "save", tmp_path / "kept", limit))
+    found = outcomes[0]
+    files = sorted(found.glob("*.safetensors"))
+    assert len(files) > 4
+    largest = max(value.nbytes for value in work.program().graph_module.parameters())
+    assert max(file.stat().st_size for file in files) <= max(limit, largest) + header
+    checkpoint_whole.consolidate(found, tmp_path / "whole.safetensors")
+    compare(load_file(tmp_path / "whole.safetensors"), 1)
+    resumed = ranks.results(ranks.run(work.go_on, 3, tmp_path / "resume", tmp_path / "kept", found, 1))[0][0]
+    checkpoint_whole.consolidate(resumed, tmp_path / "later.safetensors")
+    compare(load_file(tmp_path / "later.safetensors"), 2)
+
+
 def test_older_checkpoints_go(tmp_path: Path) -> None:
     kept = tmp_path / "kept"
     found = saved(tmp_path, 1)
@@ -98,6 +114,17 @@ def test_what_was_there_stays(tmp_path: Path, fault: str) -> None:
         assert (outcome.code, outcome.kind, outcome.error) == (1, kind, text.format(kept=kept))
     assert checkpoint_folder.latest(kept) == found
     assert ranks.results(ranks.run(work.load, 2, tmp_path / "load", found, {})) == ["loaded"] * 2
+
+
+def test_a_rank_is_killed_while_it_writes(tmp_path: Path) -> None:
+    """The others are in collectives of torch's own, which look at no board."""
+    found, kept = saved(tmp_path, 3), tmp_path / "kept"
+    text = "rank 2 ended during an exchange\n  at: checkpoint\n"
+    text += "  hint: look at the log of rank 2, and start again from the last checkpoint"
+    *others, killed = ranks.run(work.killed_while_writing, 3, tmp_path / "fault", kept, 20.0)
+    assert killed.code == -9
+    assert [(outcome.code, outcome.error) for outcome in others] == [(1, text)] * 2
+    assert checkpoint_folder.latest(kept) == found
 
 
 @pytest.fixture(scope="module")

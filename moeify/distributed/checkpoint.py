@@ -31,10 +31,11 @@ from moeify.distributed.binding import binding_of
 from moeify.distributed.board import Board
 from moeify.distributed.checkpoint_folder import State
 from moeify.distributed.groups import Groups
-from moeify.distributed.lost import explain
+from moeify.distributed.lost import answering, explain
 from moeify.errors import NonFiniteWeights, OutputNotWritten, StateDictMismatch, UnreadableFile
 
 _WHERE = "checkpoint"
+FILE_BYTES = 1 << 28
 _MADE: WeakKeyDictionary[Board, dist.ProcessGroup] = WeakKeyDictionary()  # by the board of the groups
 
 
@@ -71,7 +72,8 @@ def save(
 
     state = agreed(groups, _WHERE, begin)
     with _translated(groups, f"cannot write a checkpoint to {folder}"):
-        writer = HuggingFaceStorageWriter(str(folders.part_of(folder, step)), save_distributed=True)
+        part = str(folders.part_of(folder, step))
+        writer = HuggingFaceStorageWriter(part, file_of(state, FILE_BYTES), save_distributed=True)
         dcp.save(state, storage_writer=writer, process_group=_group(groups))
     agreed(groups, _WHERE, finish)
     return folders.path_of(folder, step)
@@ -99,6 +101,22 @@ def load(
         return state
 
     return agreed(binding_of(module).groups, _WHERE, read, alike=lambda state: f"step {state.step}")
+
+
+def file_of(state: Mapping[str, Tensor], limit: int) -> dict[str, int]:
+    """The number of the file, from 1, that a rank writes each tensor to: as many as fit ``limit`` bytes, at least one.
+
+    The writer makes a copy of a file in memory, and every rank has one at a time.
+    """
+    files: dict[str, int] = {}
+    number, held = 1, 0
+    for name, value in state.items():
+        size = (value.to_local() if isinstance(value, DTensor) else value).nbytes
+        if held and held + size > limit:
+            number, held = number + 1, 0
+        files[name] = number
+        held += size
+    return files
 
 
 def read_tensors(into: dict[str, Tensor], reader: HuggingFaceStorageReader, checkpoint: Path) -> None:
@@ -180,7 +198,7 @@ def _group(groups: Groups) -> dist.ProcessGroup:
 def _translated(groups: Groups, what: str) -> Iterator[None]:
     """CheckpointException, which ``except Exception`` would miss, as the cause of the first rank that failed."""
     try:
-        with quiet():
+        with quiet(), answering(groups.board, groups.rank, _WHERE):
             yield
     except CheckpointException as error:
         number, (cause, _) = next(iter(error.failures.items()))

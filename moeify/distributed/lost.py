@@ -7,6 +7,7 @@ has ended or that hangs does not. The first rank that knows writes it to the boa
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -61,6 +62,26 @@ def heed(board: Board, rank: int, where: str) -> None:
         raise _lost(blame, board, rank, where)
     if board.alarmed():
         board.put("waiting", rank, where)
+
+
+@contextmanager
+def answering(board: Board, rank: int, where: str) -> Iterator[None]:
+    """While this lasts, a thread answers alarms: for collectives that are not ours and look at no board."""
+    done = threading.Event()
+
+    def look() -> None:
+        while not done.wait(LOOK):
+            if board.alarmed():
+                board.put("waiting", rank, where)
+                return
+
+    thread = threading.Thread(target=look, name="moeify-answering", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 def not_come(board: Board, ranks: Sequence[int], to: str, seconds: float) -> Blame:
