@@ -33,7 +33,8 @@ def test_unknown_name_suggests_the_nearest() -> None:
 def test_unknown_name_lists_the_choices_when_nothing_is_near() -> None:
     with pytest.raises(UnknownName) as error:
         METHODS.parse("zzz")
-    assert str(error.value) == "there is no method named 'zzz'\n  hint: choose one of copy, drop, granular, noise"
+    names = "carve, copy, drop, granular, noise, split-coactivation, split-energy, split-importance, split-kmeans, "
+    assert str(error.value) == f"there is no method named 'zzz'\n  hint: choose one of {names}split-random"
 
 
 def test_unknown_option() -> None:
