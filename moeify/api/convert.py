@@ -27,7 +27,6 @@ from moeify.errors import (
     VerificationFailed,
 )
 from moeify.experts import METHODS
-from moeify.experts.planning import require_profile
 from moeify.fitting import stage
 from moeify.frontend.reasons import first_line
 from moeify.ir.printer import program_text
@@ -209,7 +208,6 @@ def rewrite(
     report = reporting.describe(program, model)
     progress.stage("recording the dense model")
     dense = _recorded(program, batch)
-    require_profile(program)
     progress.stage("rewriting")
     run(program, REWRITE, dumps.after)
     progress.stage("computing expert weights", total=len(program.pending))
