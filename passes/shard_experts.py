@@ -13,8 +13,9 @@ from moeify.ir import exchange_nodes
 from moeify.ir.emit import Emitter, fake_result
 from moeify.ir.expert_calls import ExpertCall, expert_calls, tag_untagged
 from moeify.ir.metadata import tag
+from moeify.ir.no_expert import fill_slots
 from moeify.ir.program import Program
-from moeify.ir.reexport import check_by_export
+from moeify.ir.shape_check import check_shapes
 from moeify.ir.sharding import KEY, MODES, ShardedBlock, Sharding, capacity, cut, fitting_ranks, sharding, share
 from moeify.passes.lower_experts import LowerExperts
 from moeify.pipeline.base import Log, Pass
@@ -40,8 +41,8 @@ class ShardExperts(Pass):
     together.
 
     ``rank`` says whose weights stay here: stacked weights become recipes of that rank's experts. The graph does not
-    depend on it. Weights that several calls share are cut once. The result is exported again as a ``check`` of its
-    shapes, which is the same for every rank.
+    depend on it. Weights that several calls share are cut once. ``check`` runs the result over its shapes alone, which
+    are the same for every rank.
 
     Raises NotDivisible in capacity mode for a block whose experts the ranks do not divide, Refused for a program
     without experts, one that is sharded already, or one whose graph cannot take rows of another number.
@@ -59,12 +60,13 @@ class ShardExperts(Pass):
     def apply(self, program: Program, log: Log) -> None:
         self.rewrite(program, log)
         if self.check:
-            check_by_export(program)
+            check_shapes(program)
 
     def rewrite(self, program: Program, log: Log) -> None:
-        """All but the check by export."""
+        """All but the check."""
         self._check(program)
         tag_untagged(program)
+        fill_slots(program)  # ranks exchange whole sets of rows
         LowerExperts().apply(program, Log())
         calls = expert_calls(program.graph)
         if not calls:

@@ -14,7 +14,7 @@ from moeify.distributed.handshake import graph_hash
 from moeify.errors import BadOption, NotDivisible, Refused
 from moeify.ir.printer import program_text
 from moeify.ir.program import Program
-from moeify.ir.reexport import check_by_export
+from moeify.ir.shape_check import check_shapes
 from moeify.ir.sharding import sharding, share
 from moeify.passes.shard_experts import ShardExperts
 from moeify.pipeline import PASSES
@@ -43,13 +43,13 @@ def test_graph(golden, mode: str) -> None:
 
 @pytest.mark.parametrize("mode", ["dropless", "capacity"])
 @pytest.mark.parametrize("maker", ["gated", "shared-weights", "custom", "images"])
-def test_exports_again(maker: str, mode: str) -> None:
+def test_shapes_fit(maker: str, mode: str) -> None:
     made = MAKERS[maker]()
     routed(made)
     ShardExperts(ranks=4, rank=1, mode=mode).apply(made, Log())
 
 
-def test_exports_for_64_ranks_without_a_process_group() -> None:
+def test_64_ranks_without_a_process_group() -> None:
     made = programs.plain(2, experts=64)
     routed(made)
     ShardExperts(ranks=64).apply(made, Log())
@@ -57,8 +57,7 @@ def test_exports_for_64_ranks_without_a_process_group() -> None:
     routed(two)
     sharded(two, ranks=2)
     assert len(made.graph.nodes) == len(two.graph.nodes)
-    text = str(check_by_export(made).graph)
-    assert text.count("moeify.all_to_all_rows.default") == 4
+    assert program_text(made, "shard-experts").count("moe.all_to_all_rows(") == 4
 
 
 def test_the_graph_is_the_same_on_every_rank() -> None:
@@ -175,3 +174,26 @@ def test_a_weight_that_something_else_reads_is_refused() -> None:
     output.args = ((added,),)
     with pytest.raises(Refused, match=r"layers\.0\.experts\.up is read outside of its experts"):
         ShardExperts(ranks=2).rewrite(made, Log())
+
+
+@pytest.mark.parametrize(
+    ("of", "change", "arguments", "says"),
+    [("transpose_groups", torch.ops.aten.view.default, ([30, 8],), "Eq("),
+     ("reshape", torch.ops.aten.narrow.default, (1, 0, 7), "RuntimeError")],
+    ids=["rows", "width"],
+)  # fmt: skip
+def test_shapes_that_do_not_fit_are_refused(
+    of: str, change: torch._ops.OpOverload, arguments: tuple[object, ...], says: str
+) -> None:
+    """Rows taken for as many as one process has, after the exchange, or for rows of another width, before the router."""
+    made = programs.gated()
+    routed(made)
+    sharded(made, ranks=2)
+    rows = next(node for node in made.graph.nodes if of in str(node.target))
+    with made.graph.inserting_after(rows):
+        fixed = made.graph.call_function(change, (rows, *arguments))
+    rows.replace_all_uses_with(fixed, delete_user_cb=lambda user: user is not fixed)
+    made.graph_module.recompile()
+    with pytest.raises(Refused, match="the shapes of the rewritten program do not fit") as caught:
+        check_shapes(made)
+    assert says in str(caught.value)

@@ -43,9 +43,9 @@ def bind(
 
     Called on every rank of the mesh, whose dimensions are named ``ep`` and perhaps ``dp``. A program that is not
     sharded yet is sharded over ``ep``; ``options`` are further options of shard-experts, such as ``mode=capacity``. The
-    first rank alone checks the sharded graph by export, since all have the same. ``program`` is used up. On the CPU an
-    exchange that takes longer than ``timeout`` seconds is an error that names the rank that did not come; Groups have
-    a timeout of their own. With ``check_inputs`` a floating-point input that holds NaN or infinity stops its rank, and
+    first rank alone checks the shapes of the sharded graph, since all have the same. ``program`` is used up. On the
+    CPU an exchange that takes longer than ``timeout`` seconds is an error that names the rank that did not come; Groups
+    have a timeout of their own. With ``check_inputs`` a floating-point input that holds NaN or infinity stops its rank, and
     the others hear why.
 
     Raises RanksDiffer or GroupMismatch, the same on every rank. Whatever shard-experts refuses with, and an error of
@@ -87,7 +87,7 @@ def binding_of(module: nn.Module) -> Binding:
 
 
 def _shard_experts(groups: Groups, options: str) -> str:
-    """The pass with its options. The export that checks it takes longer than all the rest of bind."""
+    """The pass with its options. Its check takes longer than all the rest of bind."""
     ep = groups.experts
     given = [f"ranks={ep.size}", f"rank={ep.rank}", options, "" if groups.rank == groups.ranks[0] else "check=no"]
     return f"shard-experts{{{','.join(filter(None, given))}}}"
