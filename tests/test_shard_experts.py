@@ -185,7 +185,7 @@ def test_a_weight_that_something_else_reads_is_refused() -> None:
 def test_shapes_that_do_not_fit_are_refused(
     of: str, change: torch._ops.OpOverload, arguments: tuple[object, ...], says: str
 ) -> None:
-    """Rows taken for as many as one process has, after the exchange, or for rows of another width, before the router."""
+    """Rows taken for as many as one process has, after the exchange, or for rows of another width."""
     made = programs.gated()
     routed(made)
     sharded(made, ranks=2)

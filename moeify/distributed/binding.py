@@ -45,8 +45,8 @@ def bind(
     sharded yet is sharded over ``ep``; ``options`` are further options of shard-experts, such as ``mode=capacity``. The
     first rank alone checks the shapes of the sharded graph, since all have the same. ``program`` is used up. On the
     CPU an exchange that takes longer than ``timeout`` seconds is an error that names the rank that did not come; Groups
-    have a timeout of their own. With ``check_inputs`` a floating-point input that holds NaN or infinity stops its rank, and
-    the others hear why.
+    have a timeout of their own. With ``check_inputs`` a floating-point input that holds NaN or infinity stops its rank,
+    and the others hear why.
 
     Raises RanksDiffer or GroupMismatch, the same on every rank. Whatever shard-experts refuses with, and an error of
     this rank alone, is a RankLost on the ranks that did not meet it themselves.

@@ -19,8 +19,8 @@ from moeify.ir.program import InputSpec, Program
 
 
 def check_shapes(program: Program) -> None:
-    """Raises Refused when a size does not fit, or when a part reads one that only the data tell, such as how many rows an
-    expert gets, or takes it for another."""
+    """Raises Refused when a size does not fit, or when a part reads one that only the data tell, such as how many rows
+    an expert gets, or takes it for another."""
     device = next((example.device for example in program.example), torch.device("cpu"))
     sizes = ShapeEnv()
     mode = FakeTensorMode(shape_env=sizes, allow_non_fake_inputs=True)
