@@ -9,10 +9,10 @@ export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types unit bench samples clean
+.PHONY: help setup demo test test-native lint types unit bench samples clean
 
 help: ## print this help
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 setup: $(VENV)/.ready ## make .venv with everything the demo, the tests and the benchmarks need
 
@@ -28,7 +28,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt requirements-models.txt
 demo: setup ## convert a real pretrained model (all-MiniLM-L6-v2) and show the proof
 	@$(BIN)/python samples/minilm.py
 
-test: lint types unit ## everything CI runs: lint, layers, types, tests
+test: lint types unit test-native ## everything CI runs: lint, layers, types, tests, native tests
 
 lint: setup ## ruff
 	$(BIN)/ruff check .
@@ -36,12 +36,15 @@ lint: setup ## ruff
 
 # An editable install hides the mapped folders passes/ and backends/ from static tools, so they look at a real one.
 types: setup ## mypy and the import layers
-	@rm -rf build $(STAGE) && $(BIN)/pip install -q --no-deps --no-build-isolation --target $(STAGE) .
+	@rm -rf build $(STAGE) && MOEIFY_NO_KERNELS=1 $(BIN)/pip install -q --no-deps --no-build-isolation --target $(STAGE) .
 	cd $(STAGE) && $(abspath $(BIN))/mypy --config-file $(abspath pyproject.toml) -p moeify
 	cd $(STAGE) && $(abspath $(BIN))/lint-imports --config $(abspath pyproject.toml)
 
 unit: setup ## the tests alone
 	$(BIN)/python -m pytest -q -n $(JOBS)
+
+test-native: setup ## the C++ kernels under sanitizers, on random cases; skipped where there is no compiler
+	@$(BIN)/python -m tests.native
 
 bench: setup ## every benchmark, each a ratio in one process
 	@$(BIN)/python -m bench

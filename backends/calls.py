@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 import moeify.ir.ops  # noqa: F401  (defines torch.ops.moeify)
+from moeify.ir.no_expert import may_lack_experts
 
 _moe = torch.ops.moeify
 _UP = ".experts.up"
@@ -20,7 +21,8 @@ class Call:
     """One call of a converted block, by names of nodes: its rows, the experts chosen, their weights, the result.
 
     ``rows`` is [T, D], ``experts`` int64 [T, K], ``weights`` [T, K], ``output`` [T, D]: the routed experts alone,
-    without shared ones. ``nodes`` are the ``moe.*`` nodes of the call in graph order.
+    without shared ones. ``nodes`` are the ``moe.*`` nodes of the call in graph order. ``lacking`` says that some slots
+    may have no expert, see ``ir.no_expert``.
     """
 
     block: str  # Block.anchor
@@ -30,6 +32,7 @@ class Call:
     weights: str
     output: str
     nodes: tuple[str, ...]
+    lacking: bool = False
 
     @property
     def name(self) -> str:
@@ -53,7 +56,8 @@ def find_calls(graph: fx.Graph) -> list[Call]:
             continue
         block = _block(nodes)
         inside = tuple(n.name for n in nodes)
-        calls.append(Call(block, seen[block], rows.name, experts.name, weights.name, output.name, inside))
+        names = (rows.name, experts.name, weights.name, output.name)
+        calls.append(Call(block, seen[block], *names, inside, may_lack_experts(experts)))
         seen[block] += 1
     return calls
 

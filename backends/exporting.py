@@ -9,6 +9,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
+import moeify.ir.ops  # noqa: F401  (defines torch.ops.moeify)
 from moeify.errors import NotExportable
 from moeify.ir.modes import set_training
 from moeify.ir.program import Program
@@ -16,6 +17,13 @@ from moeify.ir.program import Program
 _aten = torch.ops.aten
 _moe = torch.ops.moeify
 
+# What each of them is in evaluation.
+_NOISE = {
+    _moe.jitter_like.default: _aten.ones_like.default,
+    _moe.normal_like.default: _aten.zeros_like.default,
+    _moe.gumbel_like.default: _aten.zeros_like.default,
+    _moe.uniform_like.default: _aten.zeros_like.default,
+}
 
 SYMBOL = re.compile(r"\b[su]\d+\b")  # torch's names of sizes
 
@@ -58,14 +66,16 @@ def _check_dynamic(exported: torch.export.ExportedProgram, program: Program) -> 
 
 
 def drop_router_noise(program: Program) -> None:
-    """Take out, in place, the noise operators, which give ones and zeros in evaluation, and what only scales or adds
-    them.
+    """Take out, in place, what routers do in training alone: noise, which is ones or zeros in evaluation, with what
+    only scales or adds it, and balanced choices.
 
     Before:  clean + moe.normal_like(clean, False) * deviation;   x * moe.jitter_like(x, eps, False)
     After:   clean;                                               x
+    Before:  moe.balanced_assignment(scores, False);   moe.sinkhorn(scores, epsilon, 50, False)
+    After:   argmax(scores, 1);                        scores
     """
     graph = program.graph
-    noise = [node for node in graph.nodes if node.target in (_moe.jitter_like.default, _moe.normal_like.default)]
+    noise = [node for node in graph.nodes if node.target in _NOISE]
     for node in noise:
         if node.target == _moe.jitter_like.default:
             _skip(node, _aten.mul.Tensor)
@@ -73,9 +83,24 @@ def drop_router_noise(program: Program) -> None:
             for product in [user for user in node.users if user.target == _aten.mul.Tensor]:
                 _skip(product, _aten.add.Tensor)
             _skip(node, _aten.add.Tensor)
+        if node.users:
+            _put(node, _NOISE[node.target], node.args[0])
+    for node in graph.find_nodes(op="call_function", target=_moe.balanced_assignment.default):
+        _put(node, _aten.argmax.default, node.args[0], 1)
+    for node in graph.find_nodes(op="call_function", target=_moe.sinkhorn.default):
+        node.replace_all_uses_with(node.args[0])
+        graph.erase_node(node)
     # Random operators are impure to fx, which keeps them when nothing reads them.
     graph.eliminate_dead_code(lambda node: node.is_impure() and node not in noise)
     program.graph_module.recompile()
+
+
+def _put(old: fx.Node, op: object, *args: object) -> None:
+    """An operator of the same result in the place of a node."""
+    with old.graph.inserting_before(old):
+        new = old.graph.call_function(op, args)  # type: ignore[arg-type]
+    new.meta = dict(old.meta)
+    old.replace_all_uses_with(new)
 
 
 def _skip(node: fx.Node, through: object) -> None:

@@ -3,11 +3,13 @@
 The sparse model is a BERT of intermediate size 384 copied into 8 experts, 2 active: 768 of 3072 hidden units. The
 dense one has an intermediate size of 3072. Weights are random, which time does not see.
 
-Bar: the sparse model, lowered as ``moeify export`` does, takes at most 0.70 x the time of the dense one.
+Bars: the sparse model, lowered as ``moeify export`` does, takes at most 0.70 x the time of the dense one; by the
+``kernel`` lowering, where its library is built, at most 0.58 x. With experts stored in fewer bytes it is shown too.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import statistics
 import sys
@@ -24,13 +26,14 @@ from transformers import BertConfig, BertModel
 import moeify
 from moeify import frontend
 from moeify.api.load import read_graph
-from moeify.backends.onnxruntime import candidates, choose, contrib, cost, measure, split
+from moeify.backends.deploy import Choice
+from moeify.backends.onnxruntime import candidates, choose, cost, kernel, kernel_library, measure
 from moeify.backends.onnxruntime.lowering import lower, neutral
 from moeify.ir.program import Program
 
 LAYERS, D, D_FF, D_EXPERT, EXPERTS, TOP_K, TOKENS, THREADS = 6, 768, 3072, 384, 8, 2, 128, 2
 ROUNDS = 25
-BAR = 0.70
+BAR, BAR_KERNEL = 0.70, 0.58
 INPUTS = ["input_ids=int64[batch=2,seq=16]"]
 
 
@@ -51,10 +54,21 @@ def sparse(folder: Path, layers: int = LAYERS) -> Program:
 
 def chosen(program: Program) -> str:
     """What ``moeify export`` lowers these blocks to."""
-    choose_one = choose.chooser("cpu", tokens=TOKENS, threads=THREADS, dtype="float32", tolerance=1e-4)
-    table = {cost.SPLIT: split.lower, cost.CONTRIB: contrib.lower}
-    (lowering,) = {choice.lowering for choice in lower(neutral(program), choose_one, table).choices}
+    built = kernel_library.is_built()
+    choose_one = choose.chooser(
+        "cpu", tokens=TOKENS, threads=THREADS, dtype="float32", has_library=built, tolerance=1e-4
+    )
+    (lowering,) = {choice.lowering for choice in lower(neutral(program), choose_one, candidates.TABLE).choices}
     return lowering
+
+
+def stored(program: Program) -> dict[str, Any]:
+    """The model with the kernel's experts in fewer bytes."""
+    source, models = neutral(program), {}
+    for storage in ("float16", "int8"):
+        table = {cost.KERNEL: functools.partial(kernel.lower, storage=storage)}
+        models[f"{cost.KERNEL}, {storage}"] = lower(source, lambda _: Choice(cost.KERNEL, "asked for"), table).model
+    return models
 
 
 def main() -> int:
@@ -65,6 +79,8 @@ def main() -> int:
         program = sparse(Path(folder))
         lowering = chosen(program)
         models, _ = candidates.lowered(program)
+        if cost.KERNEL in models:
+            models |= stored(program)
         models[cost.DENSE] = candidates.dense(frontend.capture(bert(D_FF), INPUTS))
         runner = candidates.Runner(models, sessions)
         ids = (torch.randint(1000, (1, TOKENS)),)
@@ -75,8 +91,9 @@ def main() -> int:
         "median_ms": {name: round(1e3 * statistics.median(seconds), 2) for name, seconds in taken.items()},
         "over_dense": over,
         "chosen": lowering,
-        "bar": BAR,
-        "held": over[lowering] <= BAR,
+        "bars": {"chosen": BAR, cost.KERNEL: BAR_KERNEL},
+        # Without the library there is no kernel to hold to its bar.
+        "held": over[lowering] <= BAR and over.get(cost.KERNEL, 0.0) <= BAR_KERNEL,
     }
     if "--json" in sys.argv:
         print(json.dumps(result))
@@ -97,7 +114,8 @@ def show(result: dict[str, Any]) -> None:
     Console().print(table)
     verdict = "held" if result["held"] else "MISSED"
     Console().print(
-        f"chosen: {result['chosen']}, {result['over_dense'][result['chosen']]} x dense (bar {BAR}): {verdict}"
+        f"chosen: {result['chosen']}, {result['over_dense'][result['chosen']]} x dense (bar {BAR}), "
+        f"{cost.KERNEL}: {result['over_dense'].get(cost.KERNEL, 'not built')} x (bar {BAR_KERNEL}): {verdict}"
     )
 
 

@@ -6,8 +6,10 @@ active. The floor is ``max(FLOPs / peak, bytes of the experts touched / bandwidt
 Bars: `split` takes at most 1.9 x the floor (geometric mean over the grid), and at N >= 16 `com.microsoft.MoE` at least
 1.4 x the time of `split` (geometric mean). The dense FFN is reported without a bar.
 
-``--fit`` measures a wider grid and prints the constants of ``backends/onnxruntime/cost.py`` for this machine;
-``--json`` prints one object.
+The ``kernel`` lowering has a benchmark of its own, ``bench_kernel``.
+
+``--fit`` measures a wider grid and prints the constants of ``backends/onnxruntime/cost.py`` for this machine, those of
+``kernel`` too where its library is built; ``--json`` prints one object.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench import fitting
-from moeify.backends.onnxruntime import contrib, cost, dense, measure, split
+from moeify.backends.onnxruntime import contrib, cost, dense, kernel, kernel_library, measure, split
 from moeify.backends.roofline import Shape
 
 D, D_FF, THREADS = 768, 3072, 2
@@ -44,13 +46,16 @@ BAR_FLOOR, BAR_SPEED_UP, FROM = 1.9, 1.4, 16
 Row = dict[str, Any]
 
 
-def sweep(shape: Shape, peaks: tuple[float, float], tokens: tuple[int, ...] = TOKENS) -> list[Row]:
+def sweep(
+    shape: Shape, peaks: tuple[float, float], tokens: tuple[int, ...] = TOKENS, with_kernel: bool = False
+) -> list[Row]:
     """A row for each number of tokens and lowering."""
     mixture = measure.synthetic(shape, activation="gelu_tanh")
     lowerings = {
         cost.DENSE: functools.partial(dense.lower, d_ff=D_FF),
         cost.SPLIT: split.lower,
         cost.CONTRIB: contrib.lower,
+        **({cost.KERNEL: kernel.lower} if with_kernel else {}),
     }
     rows = []
     with measure.Sessions(THREADS) as sessions:
@@ -83,9 +88,10 @@ def mean(rows: list[Row], key: str, lowering: str, least: int = 1) -> float:
 
 def fit(peaks: tuple[float, float]) -> int:
     """Measure, fit, print."""
-    rows = [row for shape in FIT for row in sweep(shape, peaks)]
+    built = kernel_library.is_built()
+    rows = [row for shape in FIT for row in sweep(shape, peaks, with_kernel=built)]
     print(f"flops_per_thread: float = {peaks[0] / THREADS:.3g}\nbandwidth: float = {peaks[1]:.3g}")
-    for name in (cost.DENSE, cost.SPLIT, cost.CONTRIB):
+    for name in dict.fromkeys(row["lowering"] for row in rows):
         points = [(row["shape"], row["tokens"], row["best"]) for row in rows if row["lowering"] == name]
         kernel, error = fitting.fit(cost.MEASURED.kernels[name], points, peaks, THREADS)
         print(f"{name}: {kernel}  # typical error {error:.0%}")

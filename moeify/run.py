@@ -18,7 +18,7 @@ import typer
 from moeify.cli import options
 from moeify.cli.main import main as run_command
 from moeify.cli.output import only_json, write_json
-from moeify.errors import BadOption, UnreadableFile, UsageError
+from moeify.errors import UnreadableFile, UsageError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from moeify.distributed.runner_group import Ranks
     from moeify.distributed.runner_loss import Loss
     from moeify.distributed.training import Saving, Schedule
-    from moeify.ir.language import Language
-    from moeify.ir.program import Program
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -141,6 +139,7 @@ class _Task:
     loss: Loss | None
     ids: str | None
     fixed: bool  # whether the model takes one number of examples only
+    masks: dict[str, str]  # by the path of a block: the input that says what is padding
 
     def tokens(self, examples: int) -> int:
         """Of so many examples; 0 where the model reads none."""
@@ -155,36 +154,24 @@ def _task(
     from moeify.distributed import runner_data, runner_loss
     from moeify.distributed.binding import bind
     from moeify.ir import language
+    from moeify.ir.report import Report
+    from moeify.training.masks import masks_of_blocks
+    from moeify.training.watch import observe_if_asked
 
     own = runner_loss.user_loss(loss) if loss else None  # before the model is read
-    program, _ = read_graph(model)
+    program, metadata = read_graph(model)
     found = language.language_of(program)
-    examples = _examples(program, found, data, tokenizer, sequence, seed)
+    examples = runner_data.read(data, program, tokenizer, sequence, seed)
     fixed = runner_data.check_fixed(program.inputs, batch, ranks.size)
+    report = Report.from_dict(metadata["report"])
+    positions = masks_of_blocks(program, {block.anchor: block.path for block in report.blocks})
+    masks = {path: program.inputs[position].name for path, position in positions.items()}
     module = bind(program, ranks.groups, options=f"mode={mode}")
+    module.moeify_report = report  # type: ignore[assignment]
+    observe_if_asked(module)
     if own is None and found is not None and language.is_causal(module, program, found):
-        return _Task(module, examples, found.loss, found.ids, fixed is not None)
-    return _Task(module, examples, own, None, fixed is not None)
-
-
-def _examples(
-    program: Program, found: Language | None, data: Path, tokenizer: str | None, sequence: int, seed: int
-) -> Examples:
-    from moeify.data import tensors as data_files
-    from moeify.data import text
-    from moeify.distributed import runner_data
-
-    if data.suffix not in text.SUFFIXES:
-        tensors = data_files.tensors(data)
-        inputs = data_files.fit(tensors, program.inputs, str(data))
-        named = {spec.name: tensor for spec, tensor in zip(program.inputs, inputs)}
-        more = tensors if isinstance(tensors, dict) else {}
-        return runner_data.from_tensors({**more, **named}, program.inputs, str(data), seed)
-    if tokenizer is None:
-        raise UsageError(f"{data} is a text", hint=f"say how to cut it: --tokenizer FOLDER, or {text.BYTES}")
-    if found is None:
-        raise BadOption(f"{data} is a text, and the model is no language model", hint="give tensors by input name")
-    return runner_data.from_text(data, tokenizer, sequence, program.inputs, found.ids, found.vocabulary, seed)
+        return _Task(module, examples, found.loss, found.ids, fixed is not None, masks)
+    return _Task(module, examples, own, None, fixed is not None, masks)
 
 
 def _train(task: _Task, ranks: Ranks, schedule: Schedule, saving: Saving | None, answer: Answer) -> int:
@@ -194,7 +181,9 @@ def _train(task: _Task, ranks: Ranks, schedule: Schedule, saving: Saving | None,
     if task.loss is None:
         raise UsageError("the model gives no scores of next tokens to train on", hint="give --loss pkg.mod:function")
     with Watch(ranks, schedule.steps, answer) as watch:
-        made = training.train(task.module, ranks, task.examples, task.loss, schedule, saving, done=watch.step)
+        made = training.train(
+            task.module, ranks, task.examples, task.loss, schedule, saving, masks=task.masks, done=watch.step
+        )
     watch.trained(made, task.tokens(schedule.batch))
     return _stopped(made.stopped) if made.stopped else 0
 
@@ -237,15 +226,10 @@ def _write(model: Path, checkpoints: Path, output: Path) -> None:
     if output.suffix == ".safetensors":
         checkpoint_whole.consolidate(source, output)
         return
-    from moeify.api.load import read_graph
-    from moeify.backends.pt2.archive import Pt2
-    from moeify.ir.report import Report
+    from moeify.api.train_writing import write_trained
 
-    program, metadata = read_graph(model)
-    checkpoint_whole.load_program(program, source)
-    report = Report.from_dict(metadata["report"])
-    report.notes.append(f"trained: the weights are those of {source}")
-    Pt2().write(program, report, output)
+    note = f"trained: the weights are those of {source}"
+    write_trained(model, output, note, lambda program: checkpoint_whole.load_program(program, source))
 
 
 def _last(checkpoints: Path) -> Path:

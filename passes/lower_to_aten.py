@@ -16,6 +16,7 @@ from moeify.ir.emit import Emitter, arguments
 from moeify.ir.expert_calls import tag_untagged
 from moeify.ir.inline import inline
 from moeify.ir.metadata import KEY, Tag, tag
+from moeify.ir.no_expert import fill_slots
 from moeify.ir.plain_ops import PLAIN
 from moeify.ir.program import Program
 from moeify.passes.lower_experts import LowerExperts
@@ -47,6 +48,7 @@ class LowerToAten(Pass):
     def apply(self, program: Program, log: Log) -> None:
         _check(program)
         tag_untagged(program)
+        fill_slots(program)
         LowerExperts().apply(program, Log())
         count = 0
         for node in [node for node in program.graph.nodes if node.target in PLAIN]:

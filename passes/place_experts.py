@@ -14,6 +14,7 @@ from moeify.errors import Refused
 from moeify.ir.emit import Emitter, fake_result
 from moeify.ir.expert_calls import open_call, tag_untagged
 from moeify.ir.metadata import tag
+from moeify.ir.no_expert import may_lack_experts
 from moeify.ir.program import Program
 from moeify.ir.router_rows import RouterRows, router_rows
 from moeify.ir.sharding import sharding
@@ -144,6 +145,8 @@ def _look_up(program: Program, call: fx.Node, order: Sequence[int], experts: int
     places: list[list[int]] = [[] for _ in range(experts)]
     for place, expert in enumerate(order):
         places[expert].append(place)
+    if may_lack_experts(chosen):
+        places.append([len(order)])  # the number of no expert
     most = max(map(len, places))
     device = chosen.meta["val"].device
     emit = Emitter(program, call, mark.block, mark.call, chosen)

@@ -13,6 +13,7 @@ import moeify.ir.ops  # noqa: F401  (defines torch.ops.moeify)
 from moeify.errors import MoeifyError, Refused
 from moeify.experts.planning import plan_block
 from moeify.ir.block import Block
+from moeify.ir.causality import causal_node
 from moeify.ir.emit import Emitter, fake_result
 from moeify.ir.inline import inline, trace
 from moeify.ir.metadata import tag
@@ -20,7 +21,7 @@ from moeify.ir.program import Program
 from moeify.ir.token_ids import TokenIds, embedded_ids, ids_of_rows
 from moeify.ir.weights import generator_for
 from moeify.nn.routers import ROUTERS
-from moeify.nn.routers.base import Router, RouterSpec
+from moeify.nn.routers.router import MixingSpec, Router, RouterSpec
 from moeify.pipeline.base import Log, Pass
 
 _aten = torch.ops.aten
@@ -39,7 +40,8 @@ class Route(Pass):
 
     The router's parameters are ``{anchor}.router.*``, drawn by the router's own ``reset`` or, where they start from
     the block's weights, recipes (``pending``); a block that is called several times has one router. Refuses a router
-    that needs token ids where no embedded tensor has the shape of the block's rows.
+    that needs token ids where no embedded tensor has the shape of the block's rows, and one that mixes tokens where the
+    graph shows that the model is causal.
     """
 
     name: ClassVar[str] = "route"
@@ -87,10 +89,8 @@ class _Routing:
     def __post_init__(self) -> None:
         self.text = self.program.recipe.for_block(self.block.path).router
         self.spec = ROUTERS.parse(self.text).for_block(self.block)
-        if self.spec.mixes_tokens:
-            raise Refused(
-                f"the {self.spec.name} router mixes tokens, and the model may be causal", where=self.block.path
-            )
+        if isinstance(self.spec, MixingSpec) and not self.spec.allow_causal:
+            _check_not_causal(self.program, self.spec, self.block)
 
     def inline(self, emit: Emitter, x_TD: fx.Node, ids: list[TokenIds], log: Log) -> tuple[fx.Node, fx.Node]:
         args, vocabulary = [x_TD], None
@@ -145,6 +145,20 @@ class _Routing:
                 hint="choose another router for this block",
             )
         return found
+
+
+def _check_not_causal(program: Program, spec: MixingSpec, block: Block) -> None:
+    node = causal_node(program)
+    if node is None:
+        return
+    training = spec.mixes_tokens == "in training"
+    raise Refused(
+        f"the {spec.name} router mixes tokens{' in training' if training else ''}: a token's experts depend on tokens "
+        f"after it, which this model keeps from it (%{node.name})",
+        where=block.path,
+        hint=f"choose another router, or {spec.name}{{allow-causal=true}} if "
+        + ("that is meant: evaluation does not mix" if training else "every call has whole texts"),
+    )
 
 
 @functools.lru_cache(maxsize=16)

@@ -31,8 +31,11 @@ PAIRS = [
 class Encoder:
     """Sentences to unit vectors, as the model's card prescribes: the mean of the last hidden states of the tokens."""
 
-    def __init__(self, model: Path, tokenizer: Path) -> None:
-        self.session = onnxruntime.InferenceSession(str(model), providers=["CPUExecutionProvider"])
+    def __init__(self, model: Path, tokenizer: Path, kernels: str | None) -> None:
+        options = onnxruntime.SessionOptions()
+        if kernels:  # without them the standard operators in the file run
+            options.register_custom_ops_library(kernels)
+        self.session = onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
         self.tokenizer = Tokenizer.from_file(str(tokenizer))
         self.tokenizer.enable_padding()
         self.tokenizer.enable_truncation(256)
@@ -67,6 +70,15 @@ def handler(encoder: Encoder) -> type[BaseHTTPRequestHandler]:
     return Handler
 
 
+MOEIFY = str(Path(sys.executable).with_name("moeify"))
+
+
+def kernels() -> str | None:
+    """The path of moeify's kernel library, None where it is not built: one file, which can be copied to a server."""
+    found = subprocess.run([MOEIFY, "build-kernels", "--print-path"], capture_output=True, text=True)
+    return found.stdout.strip() or None
+
+
 def export() -> None:
     """``moeify convert`` and ``moeify export`` in processes of their own."""
     if not DENSE.exists():
@@ -80,7 +92,7 @@ def export() -> None:
         if made.exists():
             continue
         print(f"$ moeify {' '.join(command)}\n", flush=True)
-        subprocess.run([str(Path(sys.executable).with_name("moeify")), *command], check=True)
+        subprocess.run([MOEIFY, *command], check=True)
         print(flush=True)
 
 
@@ -95,7 +107,8 @@ def main() -> None:
     parser.add_argument("--port", type=int, help="go on serving on this port")
     port = parser.parse_args().port
     export()
-    server = ThreadingHTTPServer(("127.0.0.1", port or 0), handler(Encoder(ONNX, DENSE / "tokenizer.json")))
+    encoder = Encoder(ONNX, DENSE / "tokenizer.json", kernels())
+    server = ThreadingHTTPServer(("127.0.0.1", port or 0), handler(encoder))
     here = server.server_address[1]
     print(f"serving {ONNX.name} at http://127.0.0.1:{here}/similarity", flush=True)
     if port:

@@ -22,6 +22,23 @@ def seeded() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def no_kernel_library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exports choose as on a machine without the library of native kernels, whether or not there is one here."""
+    if "kernel_library" not in request.fixturenames:
+        monkeypatch.setattr("moeify.backends.onnxruntime.kernel_library.is_built", lambda: False)
+
+
+@pytest.fixture(scope="session")
+def kernel_library() -> Path:
+    """The library of native kernels, compiled if it is not there."""
+    from moeify.backends.onnxruntime import kernel_build
+
+    if kernel_build.library() is None and kernel_build.compiler() is None:
+        pytest.skip(kernel_build.reason())
+    return kernel_build.build()
+
+
 @pytest.fixture
 def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
     """Compare text with tests/golden/{name}.txt, or rewrite it under --update-golden."""

@@ -16,10 +16,10 @@ from torch import nn
 
 import moeify
 from moeify.api import export as api_export
-from moeify.api.export import export_file
+from moeify.api.export import TOLERANCE, export_file
 from moeify.backends.onnxruntime import choose, contrib, split
 from moeify.backends.onnxruntime.backend import OnnxRuntime
-from moeify.backends.onnxruntime.session import cuda_is_usable
+from moeify.backends.onnxruntime.session import Session, cuda_is_usable
 from moeify.errors import (
     BadOption,
     OutputNotWritten,
@@ -84,7 +84,7 @@ def outputs(file: Path, ids: torch.Tensor) -> numpy.ndarray:
     return session.run(None, {session.get_inputs()[0].name: ids.numpy()})[0]
 
 
-@pytest.mark.parametrize("lowering", ["split", "com.microsoft.MoE"])
+@pytest.mark.parametrize("lowering", ["split", "kernel", "com.microsoft.MoE"])
 def test_the_file_computes_what_the_program_computes(moe: Path, tmp_path: Path, lowering: str):
     report = export_file(moe, tmp_path / "moe.onnx", OnnxRuntime(lowering=lowering))
     assert report.verified
@@ -224,6 +224,22 @@ def test_missing_packages_are_named(moe: Path, tmp_path: Path, monkeypatch: pyte
         export_file(moe, tmp_path / "moe.onnx")
     assert error.value.what == "the onnxruntime backend needs the package onnxscript, which is not installed"
     assert error.value.hint == "pip install 'moeify[onnxruntime]'"
+
+
+def test_experts_stored_in_fewer_bytes(moe: Path, tmp_path: Path):
+    """With the library or without: the report says which ran."""
+    report = export_file(moe, tmp_path / "moe.onnx", OnnxRuntime(expert_dtype="int8"))
+    assert {b.lowering for b in report.blocks} == {"kernel"}
+    assert report.tolerance == TOLERANCE["int8"]
+    assert report.verified_on == f"ONNX Runtime's cpu provider with {Session(tmp_path / 'moe.onnx').kernels}"
+    assert "'moeify build-kernels --print-path'" in report.notes[0]
+    # 127 steps to the largest weight of a row: more than float32's rounding, far less than nonsense.
+    assert all(b.relative_error is not None and 1e-5 < b.relative_error < 3e-2 for b in report.blocks)
+
+
+def test_with_the_library_such_small_blocks_become_kernels(moe: Path, tmp_path: Path, kernel_library: Path):
+    report = export_file(moe, tmp_path / "moe.onnx")
+    assert {b.lowering for b in report.blocks} == {"kernel"}
 
 
 def test_the_portable_file_runs_in_another_runtime(moe: Path, tmp_path: Path):

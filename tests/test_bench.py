@@ -252,7 +252,18 @@ def test_without_tvm_the_rest_is_timed_and_a_note_says_so(
     data = json.loads(capsys.readouterr().out)
     assert {row["runtime"] for row in data["rows"]} == {"torch", "onnxruntime"}
     why = "the tvm backend needs the package apache-tvm, which is not installed"
-    assert data["notes"] == [f"{file}: not compiled by TVM: {why}"]
+    kernels, tvm = data["notes"]
+    assert kernels.startswith(f"{file}: no kernel lowering: the native kernels are not built")
+    assert tvm == f"{file}: not compiled by TVM: {why}"
+
+
+def test_with_the_library_the_kernel_is_timed_and_a_note_says_what_ran(
+    file: Path, capsys: pytest.CaptureFixture[str], without_tvm: None, kernel_library: Path
+) -> None:
+    assert main(["bench", str(file), "--tokens", "4", "--threads", "1", "--rounds", "1", "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert "kernel" in {row["lowering"] for row in data["rows"]}
+    assert data["notes"][0].startswith(f"{file}: kernel ran as the fused kernel")
 
 
 @pytest.mark.parametrize(

@@ -199,6 +199,9 @@ def test_splits_say_what_is_active_and_what_all_experts_on_give(fake: Api, capsy
     text = " ".join(capsys.readouterr().out.split())
     assert " active 25% to 50% of an FFN's hidden units for each token " in text
     assert "whole model 1.0e-01; all experts on: within 1e-05 (largest 3.0e-07) wrote" in text
+    fake.report.model_error_on_fitted_data = True
+    assert main(["convert", "dense.pt"]) == 0
+    assert "whole model 1.0e-01 on data it was fitted to; all" in " ".join(capsys.readouterr().out.split())
     assert main(["inspect", "dense.pt", "--blocks"]) == 0
     text = capsys.readouterr().out
     assert text.count("relative error with all experts on") == 2

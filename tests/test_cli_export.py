@@ -119,6 +119,9 @@ def test_the_options_of_tvm_reach_it(called: dict[str, Any]):
         (["--to", "tvm", "--bits", "8"], 2, "--bits is no option of the tvm backend"),
         (["--arch", "sm_90"], 2, "--arch is no option of the onnxruntime backend"),
         (["--to", "tvm", "--dtype", "float16"], 2, "float16 needs the cuda target"),
+        (["--expert-dtype", "int4"], 2, "there is no expert dtype 'int4'"),
+        (["--expert-dtype", "int8", "--target", "portable"], 2, "the kernel lowering, which stores experts"),
+        (["--expert-dtype", "int8", "--lowering", "split"], 2, "the split lowering does not store experts as int8"),
     ],
 )
 def test_bad_usage(

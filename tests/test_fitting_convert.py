@@ -92,8 +92,18 @@ def test_few_rows_are_said(folder: Path) -> None:
     ids = torch.randint(128, (3, 14), generator=torch.Generator().manual_seed(0))
     profile = moeify.profile(dense, data=[(ids, torch.ones_like(ids))])
     made = moeify.convert(dense, profile=profile, form="graph", **SPLIT)
+    assert made.moeify_report.model_error_on_fitted_data
     for block in made.moeify_report.blocks:
         assert "repaired on 37 rows for 39 weights of each output: more data would tell more" in block.notes
+
+
+def test_other_data_are_not_what_was_fitted_to(folder: Path) -> None:
+    dense = transformers.LlamaForCausalLM.from_pretrained(folder / "dense").eval()
+    ids = torch.randint(128, (3, 14), generator=torch.Generator().manual_seed(0))
+    profile = moeify.profile(dense, data=[(ids, torch.ones_like(ids))])
+    other = {"input_ids": ids.flip(1), "attention_mask": torch.ones_like(ids)}
+    made = moeify.convert(dense, data=other, profile=profile, form="graph", **SPLIT)
+    assert not made.moeify_report.model_error_on_fitted_data
 
 
 def test_a_fit_without_data_is_refused_at_once(folder: Path, tmp_path: Path, capsys) -> None:

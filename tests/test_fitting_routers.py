@@ -108,3 +108,15 @@ def test_the_fit_depends_on_the_seed_alone(text, how):
     assert all(alike)
     same = all(torch.equal(a, b) for a, b in zip(first.parameters(), third.parameters(), strict=True))
     assert same == (text == "topk" and how == "regress")  # in closed form nothing is drawn
+
+
+def test_dynamic_k_takes_the_experts_that_are_nearly_as_large_as_the_largest():
+    """Fitted, it agrees with the rule on the true sizes, and how many experts a token has varies."""
+    x = rows(1500, 0)
+    sizes = separable(x)
+    router = fitted("dynamic-k{tau=0.15,score=mlp,hidden=16}", "regress", x[:1200], sizes[:1200], top_k=E)
+    experts, _ = router(x[1200:])
+    taken = torch.zeros(300, E + 1).scatter_(1, experts, 1.0)[:, :E]
+    wanted = (sizes[1200:] >= 0.85 * sizes[1200:].amax(1, keepdim=True)).float()
+    assert len(wanted.sum(1).unique()) > 2
+    assert float((taken == wanted).float().mean()) > 0.9

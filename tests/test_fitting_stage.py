@@ -234,3 +234,20 @@ def test_values_that_are_nan_are_refused():
     made.parameter("layers.0.experts.down").data[0, 0, 0] = math.nan
     with pytest.raises(Refused, match=r"NaN|infinite"):
         stage.fit(made)
+
+
+@pytest.mark.parametrize(
+    ("router", "fits"),
+    [("dynamic-k{tau=0.3}", True), ("sigma{init-std=0,scale=2}", False), ("top-p{weight=one,p=0.9}", False)],
+)
+def test_routers_of_splits(router, fits):
+    """What is fitted is: dynamic-k also where --top-k lets it take all experts."""
+    data = batches("plain", 12)
+    top_k = 3 if fits else 2
+    made = split("plain", data, router=router, top_k=top_k)
+    before = parameters(made)
+    (figures,) = stage.fit(made).values()
+    changed = [name for name, value in parameters(made).items() if not torch.equal(value, before[name])]
+    assert any(".router." in name for name in changed) == fits
+    assert 0 < figures.routing.agreement <= 1
+    assert figures.kept

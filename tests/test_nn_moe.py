@@ -12,7 +12,7 @@ from torch.export import Dim
 from moeify.errors import UsageError
 from moeify.ir.activations import TABLE
 from moeify.nn.moe import MoE
-from moeify.nn.routers.base import Router
+from moeify.nn.routers.router import Router
 
 D, D_OUT, H, E, K = 6, 10, 8, 4, 2
 PLAIN = ("up", "down", "up_bias", "down_bias")

@@ -9,7 +9,7 @@ import pytest
 
 from moeify.backends.onnxruntime import choose, contrib, cost, measure, qmoe
 from moeify.backends.onnxruntime.backend import OnnxRuntime
-from moeify.backends.onnxruntime.choose import CONTRIB, QMOE, SPLIT, chooser
+from moeify.backends.onnxruntime.choose import CONTRIB, KERNEL, QMOE, SPLIT, chooser
 from moeify.backends.onnxruntime.mixture import Mixture, Shape
 from moeify.errors import BadOption, Refused, UnknownName
 
@@ -21,10 +21,11 @@ def mixture(activation: str = "silu", *, gated: bool = False, shape: Shape = SHA
     return measure.synthetic(shape, gated=gated, bias=False, activation=activation)
 
 
-def timed(split: float, other: float) -> choose.Measured:
+def timed(split: float, other: float, **kernel: float) -> choose.Measured:
     def times(one: Mixture, names: Sequence[str]) -> Mapping[str, float]:
-        assert tuple(names) == (SPLIT, CONTRIB)
-        return {SPLIT: split, CONTRIB: other}
+        taken = {SPLIT: split, CONTRIB: other, **kernel}
+        assert set(names) == set(taken)
+        return taken
 
     return times
 
@@ -53,6 +54,39 @@ def test_the_cpu_takes_what_the_cost_model_expects_to_be_faster() -> None:
 def test_measured_times_decide(split: float, other: float, lowering: str, why: str) -> None:
     found = cpu(measured=timed(split, other))(mixture())
     assert (found.lowering, found.why) == (lowering, why)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "lowering", "why"),
+    [
+        (0.5, KERNEL, "4.00 x as fast as split, measured at 128 tokens"),
+        (1.5, CONTRIB, "2.00 x as fast as split, measured at 128 tokens"),
+    ],
+)
+def test_with_the_library_the_kernel_is_one_of_them(kernel: float, lowering: str, why: str) -> None:
+    found = cpu(has_library=True, measured=timed(2.0, 1.0, kernel=kernel))(mixture())
+    assert (found.lowering, found.why) == (lowering, why)
+    assert cpu(measured=timed(2.0, 1.0))(mixture()).lowering == CONTRIB
+
+
+def test_the_kernel_is_weighed_alone_where_the_operator_does_not_fit() -> None:
+    def times(one: Mixture, names: Sequence[str]) -> Mapping[str, float]:
+        assert tuple(names) == (SPLIT, KERNEL)
+        return {SPLIT: 1.0, KERNEL: 0.5}
+
+    assert cpu(has_library=True, measured=times)(mixture("relu2")).lowering == KERNEL
+    found = cpu(has_library=True, measured=times)(mixture("mish"))
+    assert (found.lowering, found.why) == (
+        SPLIT,
+        "the kernel has no activation mish; com.microsoft.MoE has no activation mish",
+    )
+
+
+def test_a_type_for_the_experts_asks_for_the_kernel_with_or_without_its_library() -> None:
+    found = cpu(storage="int8")(mixture("gelu"))
+    assert (found.lowering, found.why) == (KERNEL, "int8 experts were asked for")
+    found = cpu(storage="int8")(mixture("mish"))
+    assert (found.lowering, found.why) == (SPLIT, "the kernel has no activation mish")
 
 
 def test_what_the_operator_cannot_express_is_split_with_its_reason() -> None:
@@ -92,6 +126,11 @@ def test_bits_take_qmoe_or_say_why_not() -> None:
 def test_forced() -> None:
     assert cpu(forced=SPLIT)(mixture()).lowering == SPLIT
     assert cpu(forced=CONTRIB)(mixture()).lowering == CONTRIB
+    assert cpu(forced=KERNEL)(mixture()).lowering == KERNEL
+    with pytest.raises(Refused, match="the kernel lowering cannot take this block: the kernel has no activation mish"):
+        cpu(forced=KERNEL)(mixture("mish"))
+    with pytest.raises(Refused, match="the kernel library is for the CPU"):
+        chooser("cuda", tokens=1, threads=None, dtype="float32", tolerance=1e-4, forced=KERNEL)(mixture())
     with pytest.raises(Refused) as caught:
         cpu(forced=CONTRIB)(mixture("relu2"))
     assert str(caught.value) == (

@@ -21,6 +21,8 @@ ROUTERS = [
     "switch{capacity-factor=0.5}",
     "hash",
     "noisy-topk",
+    "top-p{weight=probability}",
+    "gshard{capacity-factor=0.5}",
 ]
 EXACT = [Case("relu"), Case("gelu_tanh"), Case("silu"), Case("identity"), Case("silu", gated=True)]
 # Sums of a few dozen products, in another order and in float32.
@@ -31,7 +33,7 @@ HALF = {torch.float32: CLOSE, torch.float16: 3e-3}
 
 @pytest.mark.parametrize("router", ROUTERS)
 def test_routers(router):
-    made = programs.gated(router=router, top_k=1 if router.startswith("switch") else 3)
+    made = programs.gated(router=router, top_k={"switch": 1, "gshard": 2}.get(router.partition("{")[0], 3))
     routed(made)
     scatter(made)
     runtime = session(end_to_end(made, contrib.lower))

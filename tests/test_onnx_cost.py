@@ -16,7 +16,7 @@ IDEAL = Kernel(call=0.0, expert=0.0, efficiency=1.0, half_rows=0.0, stream=1.0, 
 
 
 def test_every_lowering_of_the_cpu_has_constants() -> None:
-    assert set(cost.MEASURED.kernels) == {DENSE, SPLIT, CONTRIB}
+    assert set(cost.MEASURED.kernels) == {DENSE, SPLIT, CONTRIB, cost.KERNEL}
 
 
 def test_weights_of_an_expert() -> None:

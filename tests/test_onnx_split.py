@@ -31,6 +31,11 @@ ROUTERS = [
     "switch",
     "switch{capacity-factor=0.5}",
     "hash",
+    "sigmoid-bias{groups=4,top-groups=2}",
+    "top-p",
+    "sinkhorn",
+    "expert-choice",
+    "random{inference=average}",
 ]
 BLOCKS = {
     "shared experts with a gate": lambda: programs.gated(shared=2, shared_gate=True, top_k=3),
@@ -40,6 +45,10 @@ BLOCKS = {
     "norm over the hidden width": lambda: programs.custom(pointwise=False),
     "one expert": lambda: programs.custom(experts=1, top_k=1),
     "dropout of hidden values": lambda: programs.with_dropout(),
+    "slots without an expert, activation without a name": lambda: programs.custom(router="top-p", top_k=4, shared=1),
+    "slots without an expert, one expert": lambda: programs.gated(
+        router="switch{capacity-factor=0.5}", experts=1, top_k=1
+    ),
 }
 
 
@@ -77,12 +86,29 @@ def test_blocks(block):
     check(made, (2, 5), (4, 9), (1, 1), (0, 5))
 
 
-def test_three_steps_with_named_activation():
-    made = programs.gated()
+@pytest.mark.parametrize("router", ["softmax-topk", "top-p"])
+def test_three_steps_with_named_activation(router):
+    made = programs.gated(router=router)
     routed(made)
     LowerExperts().apply(made, Log())
     scatter(made)
     check(made, (2, 5), (1, 1))
+
+
+def test_slots_without_an_expert_reach_no_product():
+    """The sizes of the parts, read in the file that runs: those of experts, and what is left."""
+    made = programs.gated(router="switch{capacity-factor=0.5}", top_k=1)
+    routed(made)
+    scatter(made)
+    model = lower(neutral(made), lambda mixture: Choice("split", "a test"), {"split": split.lower}).model
+    node = next(node for node in model.graph if node.op_type == "Split")
+    sizes = node.inputs[1]
+    sizes.type, sizes.shape = ir.TensorType(ir.DataType.INT64), ir.Shape([9])
+    model.graph.outputs.append(sizes)
+    found = session(proto(model)).run(None, {"x": torch.randint(40, (4, 9)).numpy()})[1]
+    capacity = numpy.ceil(36 / 8 * 0.5)
+    assert found[:8].max() == capacity
+    assert found[8] == 36 - found[:8].sum() > 0
 
 
 def test_channels_first():

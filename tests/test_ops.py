@@ -1,5 +1,6 @@
 """The numbers of ``moe.*`` in eager mode against a plain loop, their edge cases, and what they refuse."""
 
+import itertools
 from typing import Any
 
 import pytest
@@ -18,10 +19,13 @@ def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torc
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
-def routing(tokens: int = T) -> torch.Tensor:
-    """Expert 2 gets nothing and token 0 chooses expert 1 twice."""
+def routing(tokens: int = T, *, lacking: bool = False) -> torch.Tensor:
+    """Expert 2 gets nothing and token 0 chooses expert 1 twice; ``lacking`` leaves six slots without an expert."""
     experts = torch.tensor([0, 1, 3])[torch.randint(0, 3, (tokens, K), generator=torch.Generator().manual_seed(5))]
     experts[:1] = 1
+    if lacking:
+        experts[3:5] = E
+        experts[6:8, 1] = E
     return experts
 
 
@@ -68,9 +72,10 @@ def in_pieces(x, experts, gates, up, gate, down, up_bias, gate_bias, down_bias, 
 @pytest.mark.parametrize("activation", ["gelu", "relu2"])
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("gated", [False, True])
-def test_value_and_gradients(form, gated: bool, biased: bool, activation: str) -> None:
+@pytest.mark.parametrize("lacking", [False, True])
+def test_value_and_gradients(form, lacking: bool, gated: bool, biased: bool, activation: str) -> None:
     x, gates = draw(T, D, seed=10), draw(T, K, seed=11)
-    arguments: Any = [x, routing(), gates, *stacked(gated, biased)]
+    arguments: Any = [x, routing(lacking=lacking), gates, *stacked(gated, biased)]
     leaves = [a.requires_grad_() for a in arguments if a is not None and a.is_floating_point()]
     expected, actual = reference(*arguments, activation), form(*arguments, activation)
     torch.testing.assert_close(actual, expected)
@@ -138,6 +143,20 @@ def test_permute_is_stable() -> None:
     assert torch.equal(rows, x[[0, 1, 0, 1, 2, 2]])
 
 
+def test_slots_without_an_expert_are_last_and_cost_no_product(monkeypatch) -> None:
+    experts = routing(lacking=True)
+    rows, counts, order = moe.permute(draw(T, D), experts, E)
+    assert counts.sum() == len(rows) - 6
+    assert (experts.flatten()[order][-6:] == E).all()
+    products = []
+    mm = torch.mm
+    monkeypatch.setattr(
+        torch, "mm", lambda *args, **kwargs: products.append(kwargs["out"].numel()) or mm(*args, **kwargs)
+    )
+    moe.dispatch_ffn(draw(T, D), experts, draw(T, K), *stacked(False, False), "gelu")
+    assert sum(products) == (T * K - 6) * (H + D_OUT)
+
+
 def test_ffn_is_the_dense_block() -> None:
     weights: Any
     x, weights = draw(2, 3, D), [None if w is None else w[0] for w in stacked(True, True)]
@@ -159,6 +178,34 @@ def test_noise() -> None:
     assert abs(normal.std() - 1) < 0.1
     assert not jitter.requires_grad
     assert not normal.requires_grad
+    gumbel, uniform = moe.gumbel_like(x, True), moe.uniform_like(x, True)
+    assert not moe.gumbel_like(x, False).any()
+    assert not moe.uniform_like(x, False).any()
+    assert abs(gumbel.mean() - 0.5772) < 0.15  # Euler's constant; the deviation of the mean is 0.04
+    assert 0 <= uniform.min() < 0.02 < 0.98 < uniform.max() < 1
+
+
+def test_balanced_assignment() -> None:
+    scores = draw(7, 3)
+    assert torch.equal(moe.balanced_assignment(scores, False), scores.argmax(1))
+    chosen = moe.balanced_assignment(scores, True)
+    possible = [c for c in itertools.product(range(3), repeat=7) if max(map(c.count, range(3))) <= 3]
+    best = max(sum(float(scores[t, e]) for t, e in enumerate(c)) for c in possible)
+    assert float(scores.gather(1, chosen[:, None]).sum()) == pytest.approx(best)
+    assert torch.bincount(chosen).max() <= 3
+    assert moe.balanced_assignment(scores[:2], True).tolist() != []
+    assert moe.balanced_assignment(scores[:0], True).shape == (0,)
+
+
+def test_sinkhorn() -> None:
+    scores = draw(12, 4)
+    assert torch.equal(moe.sinkhorn(scores, 0.5, 10, False), scores)
+    plan = moe.sinkhorn(scores, 0.5, 200, True).exp()
+    torch.testing.assert_close(plan.sum(1), torch.full((12,), 1 / 12, dtype=torch.float64))
+    torch.testing.assert_close(plan.sum(0), torch.full((4,), 1 / 4, dtype=torch.float64))
+    # The plan is exp(scores / epsilon) with rows and columns scaled: every 2 x 2 determinant of ratios agrees.
+    ratio = plan.log() - scores / 0.5
+    torch.testing.assert_close(ratio - ratio[:1] - ratio[:, :1] + ratio[0, 0], torch.zeros_like(ratio))
 
 
 @pytest.mark.parametrize("form", [fused, apart])
@@ -174,8 +221,9 @@ def test_autocast(form) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("gated", [False, True])
-def test_grouped_mm_equals_the_loop(gated: bool, dtype: torch.dtype) -> None:
-    x, experts = draw(T, D, dtype=dtype), routing()
+@pytest.mark.parametrize("lacking", [False, True])
+def test_grouped_mm_equals_the_loop(lacking: bool, gated: bool, dtype: torch.dtype) -> None:
+    x, experts = draw(T, D, dtype=dtype), routing(lacking=lacking)
     rows, counts, order = moe.permute(x, experts, E)
     weights = stacked(gated, True, dtype)
     up, down, grad = weights[0], weights[2], draw(T * K, H, dtype=dtype)
@@ -206,7 +254,9 @@ def test_names() -> None:
     grouped = ["grouped_linear", "grouped_outer", "grouped_sum"]
     exchange = ["all_to_all_rows", "all_to_all_even"]
     groups = ["transpose_groups", "local_counts", "pad_groups", "unpad_groups"]
-    assert sorted(ops.NAMES) == sorted(["ffn", *routed, *grouped, *exchange, *groups, "jitter_like", "normal_like"])
+    noise = ["jitter_like", "normal_like", "gumbel_like", "uniform_like"]
+    balance = ["balanced_assignment", "sinkhorn"]
+    assert sorted(ops.NAMES) == sorted(["ffn", *routed, *grouped, *exchange, *groups, *noise, *balance])
 
 
 def test_refusals() -> None:
@@ -221,6 +271,16 @@ def test_refusals() -> None:
     high = experts.clone()
     high[3, 1] = 7
     refused(IndexError, lambda: moe.permute(x, high, E), "moeify: expert 7 does not exist, there are 4")
+    refused(
+        ValueError,
+        lambda: moe.balanced_assignment(torch.tensor([[0.0, float("nan")]]), True),
+        "moeify::balanced_assignment: the scores are NaN or infinite",
+    )
+    refused(
+        ValueError,
+        lambda: moe.sinkhorn(torch.zeros(3), 1.0, 1, True),
+        "moeify::sinkhorn: scores are float32 of shape [3], expected floats [T, E]",
+    )
     refused(
         IndexError,
         lambda: moe.dispatch_ffn(x, high - 8, gates, *weights, "gelu"),

@@ -36,6 +36,10 @@ def cases(tokens: int, gated: bool, biased: bool) -> dict[str, tuple]:
         "dispatch_ffn": (x, experts, gates, *weights, "gelu"),
         "jitter_like": (x, 0.1, False),
         "normal_like": (x, False),
+        "gumbel_like": (x, False),
+        "uniform_like": (x, False),
+        "balanced_assignment": (x, True),
+        "sinkhorn": (x, 0.5, 3, True),
     }
 
 
@@ -47,7 +51,10 @@ def test_opcheck(name: str, tokens: int, gated: bool, biased: bool) -> None:
     torch.library.opcheck(getattr(moe, name).default, cases(tokens, gated, biased)[name], test_utils=ALL)
 
 
-@pytest.mark.parametrize(("name", "arguments"), [("jitter_like", (0.1, True)), ("normal_like", (True,))])
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [("jitter_like", (0.1, True)), ("normal_like", (True,)), ("gumbel_like", (True,)), ("uniform_like", (True,))],
+)
 def test_opcheck_of_noise(name: str, arguments: tuple) -> None:
     """In training the AOT check compares two draws, so it is left out."""
     op = getattr(moe, name).default

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import pytest
 import torch
 from torch import fx
@@ -13,7 +11,6 @@ from moeify.ir.modes import set_training
 from moeify.ir.printer import program_text
 from moeify.ir.weights import generator_for
 from moeify.nn.routers import ROUTERS
-from moeify.nn.routers.softmax_topk import SoftmaxTopK
 from moeify.passes.make_experts import MakeExperts
 from moeify.passes.route import Route, _traced
 from moeify.pipeline.base import Log
@@ -128,7 +125,7 @@ def test_the_router_of_a_frozen_block_is_frozen():
     assert made.parameter("layers.1.router.weight").requires_grad
 
 
-@pytest.mark.parametrize("router", ["softmax-topk", "noisy-topk", "switch", "hash"])
+@pytest.mark.parametrize("router", ["softmax-topk", "noisy-topk", "switch", "hash", "top-p", "base", "expert-choice"])
 @pytest.mark.parametrize("maker", ["plain", "shared-weights", "custom-norm"])
 def test_no_tokens(maker, router):
     made = MAKERS[maker](router=router, top_k=1, shared=1)
@@ -160,13 +157,34 @@ def test_refuses_switch_with_two_experts_per_token():
     )
 
 
-def test_refuses_a_router_that_mixes_tokens(monkeypatch):
-    @dataclass(frozen=True)
-    class Mixing(SoftmaxTopK):
-        name = "mixing"
-        mixes_tokens = True
+def causal(router: str, **recipe):
+    """The program with a triangle that somebody reads."""
+    made = programs.plain(router=router, **recipe)
+    read = next(node for node in made.graph.nodes if node.target == torch.ops.aten.embedding.default)
+    with made.graph.inserting_before(read.next):
+        made.graph.call_function(torch.ops.aten.tril.default, (read,))
+    return made
 
-    monkeypatch.setattr(type(ROUTERS), "parse", lambda registry, text: Mixing())
+
+@pytest.mark.parametrize(
+    ("router", "when", "hint"),
+    [
+        ("expert-choice", "", "every call has whole texts"),
+        ("sinkhorn", " in training", "that is meant: evaluation does not mix"),
+    ],
+)
+def test_refuses_a_router_that_mixes_tokens_in_a_causal_model(router, when, hint):
     with pytest.raises(Refused) as error:
-        Route().apply(programs.plain(), Log())
-    assert str(error.value) == "the mixing router mixes tokens, and the model may be causal\n  at: layers.0"
+        Route().apply(causal(router), Log())
+    assert str(error.value) == (
+        f"the {router} router mixes tokens{when}: a token's experts depend on tokens after it, which this model keeps "
+        f"from it (%tril_default)\n  at: layers.0\n"
+        f"  hint: choose another router, or {router}{{allow-causal=true}} if {hint}"
+    )
+
+
+def test_a_router_that_mixes_tokens_where_the_model_is_not_causal_or_it_is_wanted():
+    assert routed(programs.plain(router="expert-choice")) == ["layers.0: expert-choice over 8 experts, 2 per token"]
+    made = causal("sinkhorn{allow-causal=true}")
+    MakeExperts().apply(made, Log())
+    Route().apply(made, Log())

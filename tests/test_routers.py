@@ -13,7 +13,7 @@ from moeify.errors import BadOption, BadRecipe, Refused
 from moeify.ir.inline import trace
 from moeify.ir.weights import generator_for
 from moeify.nn.routers import ROUTERS
-from moeify.nn.routers.base import Router
+from moeify.nn.routers.router import Router
 
 D, E, V = 6, 8, 50
 TEXTS = [
@@ -24,7 +24,28 @@ TEXTS = [
     ("switch{capacity-factor=0}", 1),
     ("hash", 2),
     ("hash{table=balanced}", 1),
+    ("sigma", 2),
+    ("sigmoid-bias", 3),
+    ("sigmoid-bias{groups=4,top-groups=2,scale=2.5}", 3),
+    ("top-p", 4),
+    ("top-p{weight=probability}", 4),
+    ("top-p{weight=one,p=0.5}", 4),
+    ("relu", 8),
+    ("cosine{width=5}", 2),
+    ("cosine{width=5,renormalise=false}", 2),
+    ("soft", 8),
+    ("hierarchical{top-groups=2}", 4),
+    ("hierarchical{groups=4,renormalise=false}", 2),
+    ("gshard", 2),
+    ("gshard{capacity-factor=0}", 2),
+    ("base", 1),
+    ("sinkhorn", 2),
+    ("expert-choice", 2),
+    ("random", 2),
+    ("random{inference=average}", 2),
+    ("rl", 2),
 ]
+NO_SCORES = ("hash", "random")
 
 
 def build(text: str, top_k: int, *, repeat: int = 1, dtype: torch.dtype = torch.float32, seed: int = 0) -> Router:
@@ -102,10 +123,11 @@ def test_switch_is_its_definition():
     capacity = math.ceil(30 / E * 1.25)
     seen = [0] * E
     for row, expert, weight in zip(p, experts[:, 0].tolist(), weights[:, 0]):
-        assert expert == row.argmax()
-        expected = row[expert] if seen[expert] < capacity else torch.zeros(())
-        torch.testing.assert_close(weight, expected)
-        seen[expert] += 1
+        best = int(row.argmax())
+        kept = seen[best] < capacity
+        assert expert == (best if kept else E)  # the number of no expert
+        torch.testing.assert_close(weight, row[best] if kept else torch.zeros(()))
+        seen[best] += 1
     assert max(seen) > capacity  # or the limit was not tested
 
 
@@ -158,7 +180,8 @@ def test_the_start_depends_on_seed_and_name_only(text, top_k):
     first, again, other = build(text, top_k), build(text, top_k), build(text, top_k, seed=1)
     for name, value in first.state_dict().items():
         assert torch.equal(value, again.state_dict()[name])
-    assert any(not torch.equal(v, other.state_dict()[n]) for n, v in first.state_dict().items())
+    if not text.startswith("random"):
+        assert any(not torch.equal(v, other.state_dict()[n]) for n, v in first.state_dict().items())
 
 
 @pytest.mark.parametrize(("text", "top_k"), TEXTS)
@@ -169,14 +192,55 @@ def test_gates_sum_to_one_where_the_router_says_so(text, top_k):
     assert torch.allclose(sums, torch.ones(40)) == says
 
 
-@pytest.mark.parametrize(("text", "top_k"), [t for t in TEXTS if not t[0].startswith("hash")])
-def test_gradients_reach_the_router(text, top_k):
+@pytest.mark.parametrize(("text", "top_k"), [t for t in TEXTS if not t[0].startswith(NO_SCORES)])
+def test_gradients_reach_the_router_by_its_weights_and_by_what_is_observed(text, top_k):
     router = build(text, top_k).train()
     x, ids = tokens(20)
+    values = {}
+    router.observer = values.update
     weights = router(x.requires_grad_(), ids)[1]
-    (weights * torch.randn(weights.shape, generator=torch.Generator().manual_seed(0))).sum().backward()
-    assert x.grad.abs().sum() > 0
+    random = torch.Generator().manual_seed(0)
+    if not text.startswith(("rl", "top-p{weight=one")):  # their weights are constants
+        (weights * torch.randn(weights.shape, generator=random)).sum().backward(retain_graph=True)
+        assert x.grad.abs().sum() > 0
+        assert all(p.grad.abs().sum() > 0 for p in router.parameters())
+    router.zero_grad()
+    floats = [value for value in values.values() if value.requires_grad]
+    sum((value * torch.randn(value.shape, generator=random)).sum() for value in floats).backward()
     assert all(p.grad.abs().sum() > 0 for p in router.parameters())
+
+
+@pytest.mark.parametrize(("text", "top_k"), TEXTS)
+def test_what_is_observed(text, top_k):
+    router = build(text, top_k).train()
+    values = {}
+    router.observer = values.update
+    torch.manual_seed(1)
+    experts, weights = router(*tokens(30))
+    wanted = {"experts", "weights"} | (set() if text.startswith(NO_SCORES) else {"logits", "probabilities"})
+    wanted |= {"clean", "deviation"} if text.startswith("noisy") else {"baseline"} if text == "rl" else set()
+    assert set(values) == wanted
+    assert torch.equal(values["weights"], weights)
+    used = experts < E
+    assert torch.equal(values["experts"][used], experts[used])
+    for name in wanted & {"logits", "probabilities", "clean", "deviation"}:
+        assert values[name].shape == (30, E)
+    router.observer = None
+    torch.manual_seed(1)
+    again = router(*tokens(30))
+    assert torch.equal(again[0], experts)
+    assert torch.equal(again[1], weights)
+
+
+@pytest.mark.parametrize(("text", "top_k"), TEXTS)
+@pytest.mark.parametrize("train", [False, True])
+def test_a_slot_has_an_expert_exactly_where_it_has_a_weight(text, top_k, train):
+    experts, weights = build(text, top_k).train(train)(*tokens(40))
+    assert torch.equal(experts < E, weights > 0)
+    assert ((experts >= 0) & (experts <= E)).all()
+    for row in experts.tolist():
+        real = [e for e in row if e < E]
+        assert len(set(real)) == len(real)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -191,8 +255,10 @@ def test_weights_have_the_dtype_of_the_tokens(text, top_k, dtype):
 @pytest.mark.parametrize("count", [0, 1])
 @pytest.mark.parametrize(("text", "top_k"), TEXTS)
 def test_few_tokens(text, top_k, count):
-    experts, weights = build(text, top_k)(*tokens(count))
-    assert experts.shape == weights.shape == (count, top_k)
+    wide = text == "expert-choice" or text.startswith("random{")  # a slot for every expert
+    for train in (False, True):
+        experts, weights = build(text, top_k).train(train)(*tokens(count))
+        assert experts.shape == weights.shape == (count, E if wide else top_k)
 
 
 @pytest.mark.parametrize(("text", "top_k"), TEXTS)

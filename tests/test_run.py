@@ -263,7 +263,7 @@ def test_a_folder_that_holds_another_run(model: Path, tmp_path: Path, capsys: py
     )
     assert main([*words, "--resume", "--batch", "4"]) == 2
     assert capsys.readouterr().err == (
-        f"error: {tmp_path / 'step-00000001'} was made with batch 8, and this run has 4\n"
+        f"error: {tmp_path / 'step-00000001'} was made by another run: batch was 8, now 4\n"
         "  hint: go on with the same data and the same options, or start in another folder\n"
     )
     assert main([*words, "--resume"]) == 2

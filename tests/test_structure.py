@@ -82,8 +82,9 @@ def test_public_names() -> None:
     import moeify
 
     assert moeify.__all__ == [
-        "__version__", "convert", "load", "profile", "quality", "inspect_file", "convert_file", "verify_files",
-        "export_file", "Profile", "Recipe", "Report", "MoeifyError",
+        "__version__", "convert", "load", "observe", "losses", "after_step", "routing", "profile", "quality", "tune",
+        "train", "inspect_file", "convert_file", "train_file", "verify_files", "export_file", "Profile", "Recipe",
+        "Report", "MoeifyError",
     ]  # fmt: skip
     for name in moeify.__all__:
         assert getattr(moeify, name) is not None

@@ -14,7 +14,7 @@ from moeify.ir.inline import trace
 from moeify.ir.printer import program_text
 from moeify.ir.weights import generator_for
 from moeify.nn.routers import ROUTERS
-from moeify.nn.routers.base import Router
+from moeify.nn.routers.router import Router
 from moeify.passes.make_experts import MakeExperts
 from moeify.passes.place_experts import KEY, PlaceExperts
 from moeify.passes.route import Route

@@ -31,6 +31,8 @@ if TYPE_CHECKING:  # onnx and the runtime are imported when they are used: `moei
 NEEDS = "1.31"  # the version that the operators' attributes and kernels were tested with
 TARGETS = ("cpu", "cuda", "portable")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+EXPERT_DTYPES = ("float32", "float16", "bfloat16", "int8")  # digits fall
+_WEIGHT_BYTES = {"float32": 4.0, "float16": 2.0, "bfloat16": 2.0, "int8": 1.0}
 _HALF_ON_CPU = (
     "ONNX Runtime computes float16 on the CPU in float32, with casts: the file is smaller and not faster there; 1.31 "
     "can crash on such a file unless its optimizer NchwcTransformer is disabled, as moeify's Session does"
@@ -48,17 +50,23 @@ class OnnxRuntime(Deployment):
     FALLBACKS: ClassVar[tuple[str, ...]] = ("split",)
     TRANSLATING: ClassVar[str] = "translating to ONNX"
     LOWER: ClassVar[Mapping[str, str]] = {
-        "dispatch_ffn": f"{_SPLIT}; com.microsoft.MoE or QMoE where they express it and are faster",
+        "dispatch_ffn": f"{_SPLIT}; moeify's own kernel, com.microsoft.MoE or QMoE where they express it and are "
+        "faster",
         "permute": _SPLIT,
         "unpermute": _SPLIT,
         "grouped_linear": _SPLIT,
         "experts": _SPLIT,
         "jitter_like": "gone: ones in evaluation",
         "normal_like": "gone: zeros in evaluation",
+        "gumbel_like": "gone: zeros in evaluation",
+        "uniform_like": "gone: zeros in evaluation",
+        "balanced_assignment": "gone: the highest score in evaluation",
+        "sinkhorn": "gone: the scores themselves in evaluation",
     }
     NEVER: ClassVar[Mapping[str, str]] = {"ffn": "clean-up turns every dense block back into ATen operators"}
 
     bits: int = 0  # of quantised expert weights: 8, 4, or 0 for none
+    expert_dtype: str = ""  # what the kernel lowering stores experts in; by default the model's type
     threads: int = 0  # 0: all cores
     lowering: str = ""  # forces one
 
@@ -72,15 +80,32 @@ class OnnxRuntime(Deployment):
                 f"quantised experts need the cuda target and float16 or bfloat16, not {self.target} and {self.dtype}",
                 hint="--target cuda --dtype float16; ONNX Runtime puts QMoE in float32 on the CPU without a word",
             )
+        if self.expert_dtype:
+            self._check_expert_dtype()
         if self.dtype == "bfloat16" and self.target != "cuda":
             raise BadOption(
                 f"bfloat16 needs the cuda target, not {self.target}: ONNX Runtime's CPU provider has no kernels for it",
                 hint="--target cuda, or --dtype float16",
             )
 
+    def _check_expert_dtype(self) -> None:
+        one_of("expert dtype", self.expert_dtype, EXPERT_DTYPES)
+        if self.target != "cpu":
+            raise BadOption(
+                f"the kernel lowering, which stores experts in a type of their own, is for cpu, not {self.target}",
+                hint="--dtype float16 or bfloat16, or --bits 8 or 4" if self.target == "cuda" else "--target cpu",
+            )
+        if self.lowering not in ("", "kernel"):
+            raise BadOption(
+                f"the {self.lowering} lowering does not store experts as {self.expert_dtype}",
+                hint="leave out --lowering: --expert-dtype asks for the kernel lowering",
+            )
+
     @property
     def precision(self) -> str:
-        return f"int{self.bits}" if self.bits else self.dtype
+        if self.bits:
+            return f"int{self.bits}"
+        return max(self.dtype, self.expert_dtype or self.dtype, key=EXPERT_DTYPES.index)
 
     def versions(self) -> dict[str, str]:
         """Of the packages that have a say in what is written."""
@@ -114,7 +139,19 @@ class OnnxRuntime(Deployment):
         from moeify.backends.roofline import Shape
 
         shape = Shape(block["experts"], block["d_model"], block["d_expert"], block["d_model"], block["top_k"])
-        return cost.warning(shape, block["d_ff"], block["gated"], self.tokens, self.threads or None)
+        stored = _WEIGHT_BYTES[self.expert_dtype or "float32"]
+        lowerings = [cost.SPLIT, cost.CONTRIB, *([cost.KERNEL] if self._has_library() else [])]
+        if self.expert_dtype or self.lowering == cost.KERNEL:
+            lowerings = [cost.KERNEL]
+        return cost.warning(
+            shape,
+            block["d_ff"],
+            block["gated"],
+            self.tokens,
+            self.threads or None,
+            lowerings=lowerings,
+            weight_bytes=stored,
+        )
 
     def neutral(self, program: Program) -> Neutral:
         """The program in ONNX, before any choice. Raises Refused, NotExportable or RuntimeUnavailable."""
@@ -141,6 +178,8 @@ class OnnxRuntime(Deployment):
             threads=self.threads or None,
             dtype=self.dtype,
             bits=self.bits or None,
+            storage=self.expert_dtype,
+            has_library=self._has_library(),
             tolerance=tolerance,
             forced=self.lowering or None,
             measured=measured,
@@ -177,11 +216,17 @@ class OnnxRuntime(Deployment):
 
         return "cuda" if self.target == "cuda" and cuda_is_usable() else "cpu"
 
+    def _has_library(self) -> bool:
+        from moeify.backends.onnxruntime import kernel_library
+
+        return self.target == "cpu" and kernel_library.is_built()
+
     def _table(self) -> Mapping[str, Lowering]:
-        from moeify.backends.onnxruntime import choose, contrib, portable, qmoe, split
+        from moeify.backends.onnxruntime import choose, contrib, kernel, portable, qmoe, split
 
         return {
             choose.SPLIT: split.lower,
+            choose.KERNEL: functools.partial(kernel.lower, storage=self.expert_dtype),
             choose.CONTRIB: portable.lower if self.target == "portable" else contrib.lower,
             choose.QMOE: functools.partial(qmoe.lower, bits=self.bits, block=None),
         }
@@ -196,8 +241,8 @@ class OnnxFile:
         self.calls: Sequence[Call] = lowered.calls
         self.choices: Sequence[Choice] = lowered.choices
         self.provider, self.threads = provider, threads
-        self.notes: Sequence[str] = ()
-        self.verified_on = f"ONNX Runtime's {provider} provider"
+        self.notes, on = _kernel_notes(lowered)
+        self.verified_on = f"ONNX Runtime's {provider} provider{on}"
 
     def seen(self, inputs: Sequence[torch.Tensor]) -> dict[str, Seen]:
         """What the runtime computes in every call, by ``Call.name``."""
@@ -208,6 +253,10 @@ class OnnxFile:
         session = Session(self.file.with_outputs(names), provider=self.provider, threads=self.threads)
         values = dict(zip(session.output_names, session.run(inputs)))
         values |= dict(zip(session.input_names, inputs))  # rows can be an input of the model
+        for name, value in self.file.model.graph.initializers.items():
+            if name in names:  # so can experts be constants, where every token gets all and their number is fixed
+                assert value.const_value is not None
+                values[name] = torch.from_numpy(value.const_value.numpy().copy())
         return {
             call.name: Seen(values[tap.rows], values[tap.experts], values[tap.output])
             for call, tap in zip(self.lowered.calls, taps)
@@ -229,6 +278,22 @@ class OnnxFile:
     def finish(self, report: ExportReport) -> list[Path]:
         """Write the report into the file's metadata and put it in its place; gives the files written."""
         return self.file.finish(metadata(report))
+
+
+def _kernel_notes(lowered: Lowered) -> tuple[Sequence[str], str]:
+    """What the report says of a file with the kernel's nodes, and of what ran in verification."""
+    from moeify.backends.onnxruntime import kernel_library
+    from moeify.backends.onnxruntime.cost import KERNEL
+
+    if not any(choice.lowering == KERNEL for choice in lowered.choices):
+        return (), ""
+    here = kernel_library.here()
+    note = (
+        "the kernel lowering is computed by moeify's kernel library, which Session loads by itself and other programs "
+        "register ('moeify build-kernels --print-path'); where it is not loaded, the standard operators in the file "
+        "run, at the speed of split"
+    )
+    return (note,), f" with {here}"
 
 
 def metadata(report: ExportReport) -> dict[str, str]:

@@ -41,7 +41,10 @@ _GELU_GAP = 5e-4
 
 
 def lower(emit: Emitter, mixture: Mixture) -> None:
-    """Replace a ``DispatchFFN``. The experts of a token must be different, as those of every router are."""
+    """Replace a ``DispatchFFN``. The experts of a token must be different, as those of every router are.
+
+    The operator computes k experts for every token: where a slot has none, one of the others, with the weight 0.
+    """
     logits_TE = routing_logits(emit, mixture)
     y_TD = emit.op(
         "MoE",
@@ -130,10 +133,16 @@ def routing_logits(emit: Emitter, mixture: Mixture) -> ir.Value:
 
 def _scatter(emit: Emitter, mixture: Mixture, chosen_TK: ir.Value, dtype: ir.DataType) -> ir.Value:
     tokens = emit.op("Shape", mixture.experts, name="tokens", start=0, end=1)
-    shape = emit.op("Concat", tokens, emit.constant([mixture.shape.num_experts]), name="shape", axis=0)
+    # Slots without an expert write to a column of their own, which is cut off.
+    columns = mixture.shape.num_experts + mixture.call.lacking
+    shape = emit.op("Concat", tokens, emit.constant([columns]), name="shape", axis=0)
     far = ir.Tensor(numpy.array([_NOT_CHOSEN], dtype=dtype.numpy()), dtype=dtype)
     rows_TE = emit.op("ConstantOfShape", shape, name="not-chosen", value=far)
-    return emit.op("ScatterElements", rows_TE, mixture.experts, chosen_TK, name="logits", axis=1)
+    logits = emit.op("ScatterElements", rows_TE, mixture.experts, chosen_TK, name="logits", axis=1)
+    if not mixture.call.lacking:
+        return logits
+    end = emit.constant([mixture.shape.num_experts])
+    return emit.op("Slice", logits, emit.constant([0]), end, emit.constant([1]), name="of-experts")
 
 
 def commit(emit: Emitter, mixture: Mixture, y_TD: ir.Value) -> None:

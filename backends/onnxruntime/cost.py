@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from moeify.backends import roofline
 from moeify.backends.roofline import Kernel, Rates, Shape, dense_shape, floor, touched, weights_per_expert
 
 __all__ = [
-    "CONTRIB", "DENSE", "MEASURED", "SPLIT", "Constants", "Kernel", "Shape", "dense_seconds", "dense_shape", "floor",
-    "seconds", "touched", "warning", "weights_per_expert",
+    "CONTRIB", "DENSE", "KERNEL", "MEASURED", "SPLIT", "Constants", "Kernel", "Shape", "dense_seconds", "dense_shape",
+    "floor", "seconds", "touched", "warning", "weights_per_expert",
 ]  # fmt: skip
 
-DENSE, SPLIT, CONTRIB = "dense", "split", "com.microsoft.MoE"
+DENSE, SPLIT, CONTRIB, KERNEL = "dense", "split", "com.microsoft.MoE", "kernel"
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,8 @@ _KERNELS: Mapping[str, Kernel] = {
         repack=2.13,
         expert_to_thread=True,
     ),
+    # An estimate, from times over those of split on a busy machine.
+    KERNEL: Kernel(call=5e-05, expert=5e-07, efficiency=0.85, half_rows=1.0, stream=0.9, passes=2.0),
 }
 MEASURED = Constants()
 
@@ -81,9 +83,22 @@ def dense_seconds(
 
 
 def warning(
-    shape: Shape, d_ff: int, gated: bool, tokens: int, threads: int | None, constants: Constants = MEASURED
+    shape: Shape,
+    d_ff: int,
+    gated: bool,
+    tokens: int,
+    threads: int | None,
+    constants: Constants = MEASURED,
+    *,
+    lowerings: Sequence[str] = (SPLIT, CONTRIB),
+    weight_bytes: float = 4.0,
 ) -> str | None:
-    """One line when even the fastest lowering of the block is expected to be slower than the dense block, else None."""
-    sparse = min(seconds(name, shape, gated, tokens, threads, constants) for name in (SPLIT, CONTRIB))
+    """One line when even the fastest of ``lowerings`` is expected to be slower than the dense block, else None.
+
+    ``weight_bytes`` is the size of an expert's weight in memory; the dense block is in float32.
+    """
+    sparse = min(
+        seconds(name, shape, gated, tokens, threads, constants, weight_bytes=weight_bytes) for name in lowerings
+    )
     dense = dense_seconds(shape, d_ff, gated, tokens, threads, constants)
     return roofline.warning(sparse, dense, shape, d_ff, tokens, threads or os.cpu_count() or 1, constants)

@@ -21,7 +21,7 @@ from moeify.backends.onnxruntime.neutral import DOMAIN, to_onnx
 from moeify.ir.program import Program
 
 # What a block is made of when its activation has no name; there is one way to lower these.
-_STANDARD: Mapping[str, Callable[[Emitter, ir.Node], None]] = {
+_STANDARD: Mapping[str, Callable[[Emitter, ir.Node, bool], None]] = {
     "Permute": split.lower_permute,
     "Unpermute": split.lower_unpermute,
     "GroupedLinear": split.lower_grouped_linear,
@@ -80,7 +80,7 @@ def lower(source: Neutral, choose: Choose, table: Mapping[str, Lowering]) -> Low
     """
     model = source.model.clone()
     made = {value.name: node for node in model.graph for value in node.outputs}
-    choices, taps, owners = [], [], dict[ir.Node, str]()
+    choices, taps, owners = [], [], dict[ir.Node, Call]()
     for call in source.calls:
         node = made[call.output]
         first = node if node.op_type == "DispatchFFN" else _permute(node)
@@ -94,11 +94,12 @@ def lower(source: Neutral, choose: Choose, table: Mapping[str, Lowering]) -> Low
         else:
             choice = Choice("split", "the activation has no name: its own nodes stand between the products")
             members = {first, *(use.node for value in first.outputs for use in value.uses())}
-            owners.update(dict.fromkeys(members, call.name))
+            owners.update(dict.fromkeys(members, call))
         choices.append(choice)
     for node in list(model.graph):
         if node.domain == DOMAIN:
-            _STANDARD[node.op_type](Emitter(model, node, owners[node]), node)
+            owner = owners[node]
+            _STANDARD[node.op_type](Emitter(model, node, owner.name), node, owner.lacking)
     model.opset_imports.pop(DOMAIN, None)
     common.RemoveUnusedNodesPass()(model)
     return Lowered(model, source.module, source.calls, choices, taps)

@@ -18,6 +18,7 @@ import onnxruntime
 
 from moeify.backends.inputs import Inputs, Spec, Taken
 from moeify.backends.onnxruntime.arrays import Buffer, element, element_number, is_torch, to_arrays, value_of
+from moeify.backends.onnxruntime.kernel_library import Kernels, kernels, register
 from moeify.backends.onnxruntime.model_header import read_header
 from moeify.backends.onnxruntime.profiling import Profile, read_profile
 from moeify.errors import BadInputSpec, BadOption, RuntimeUnavailable, UnknownName, UnreadableFile, UsageError
@@ -39,7 +40,8 @@ class Session:
     ``threads`` are those within an operator (None: one a core). ``options`` are the runtime's: an attribute of its
     SessionOptions (``{"graph_optimization_level": ...}``) or a key of its configuration (``{"session....": "1"}``).
     Files in float16 get one by default: see ``_HALF``.
-    ``profile`` records the times of nodes for ``Session.profile``.
+    ``profile`` records the times of nodes for ``Session.profile``. The native kernel library is loaded where the model
+    has fused blocks and the library is built, unless ``use_kernels`` is False; ``kernels`` says what runs.
 
     Raises UnreadableFile (missing, damaged, or its weights are not beside it), RuntimeUnavailable (the runtime is
     older than the file needs, or the provider cannot be used here: there is no falling back), UnknownName, BadOption.
@@ -52,13 +54,16 @@ class Session:
         provider: Literal["cpu", "cuda"] | str = "cpu",
         threads: int | None = None,
         profile: bool = False,
+        use_kernels: bool = True,
         options: Mapping[str, Any] | None = None,
     ) -> None:
         if provider not in _PROVIDERS:
             raise UnknownName("provider", provider, _PROVIDERS)
         source = model if isinstance(model, bytes) else Path(model)
-        metadata = read_header(source).metadata
+        header = read_header(source)
+        metadata = header.metadata
         _require_version(metadata)
+        self.kernels: Kernels | None = kernels(header, use_kernels)  # None: the model has no fused blocks
         if provider == "cuda":
             require_cuda()
         self.provider = provider
@@ -67,6 +72,8 @@ class Session:
             weakref.finalize(self, shutil.rmtree, self._profiles, True)
         needed = _HALF if metadata.get(DTYPE_KEY) == "float16" else {}
         settings = _settings(threads, self._profiles, {**needed, **(options or {})})
+        if self.kernels is not None and self.kernels.library is not None:
+            register(settings, self.kernels.library)
         self._session = _open(source, provider, settings)
         specs = {one.name: _spec(one) for one in self._session.get_inputs()}
         self._taken = Taken("the model", specs, element)

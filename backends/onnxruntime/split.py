@@ -23,17 +23,22 @@ _WORTH_CUTTING = 16  # hidden units: the columns of one tile of the runtime's fl
 def lower(emit: Emitter, mixture: Mixture) -> None:
     """Replace a ``DispatchFFN``."""
     counts_E, order_R = dispatch.sort(emit, mixture.experts, mixture.shape.num_experts)
+    lacking = mixture.call.lacking
     # The tokens are split, eight bytes a row, and each expert gathers its own rows: no copy of all rows in between.
-    parts = dispatch.split(emit, dispatch.tokens(emit, order_R, mixture.top_k), counts_E, mixture.shape.num_experts)
+    token_R = dispatch.tokens(emit, order_R, mixture.top_k)
+    parts, _ = dispatch.split(emit, token_R, counts_E, mixture.shape.num_experts, lacking)
     results = []
     for e, part in enumerate(parts):
         rows = emit.op("Gather", mixture.x, part, name=f"expert-{e}.rows")
         results.append(_expert(emit, mixture.stacked, mixture.activation, e, rows))
+    if lacking:
+        zero = numpy.zeros((1, mixture.shape.d_out), dtype=mixture.dtype.numpy())
+        results.append(emit.constant(zero, mixture.dtype))
     rows_RO = dispatch.join(emit, results)
-    emit.commit(dispatch.combine(emit, rows_RO, order_R, mixture.weights, mixture.top_k))
+    emit.commit(dispatch.combine(emit, rows_RO, order_R, mixture.weights, mixture.top_k, lacking))
 
 
-def lower_permute(emit: Emitter, node: ir.Node) -> None:
+def lower_permute(emit: Emitter, node: ir.Node, lacking: bool) -> None:
     """Replace a ``Permute``."""
     x, experts = node.inputs
     assert x is not None
@@ -43,7 +48,7 @@ def lower_permute(emit: Emitter, node: ir.Node) -> None:
     emit.commit(rows_RD, counts_E, order_R)
 
 
-def lower_unpermute(emit: Emitter, node: ir.Node) -> None:
+def lower_unpermute(emit: Emitter, node: ir.Node, lacking: bool) -> None:
     """Replace an ``Unpermute``."""
     rows, order, weights = node.inputs
     assert rows is not None
@@ -52,27 +57,35 @@ def lower_unpermute(emit: Emitter, node: ir.Node) -> None:
     emit.commit(dispatch.combine(emit, rows, order, weights, static_size(weights, 1)))
 
 
-def lower_grouped_linear(emit: Emitter, node: ir.Node) -> None:
+def lower_grouped_linear(emit: Emitter, node: ir.Node, lacking: bool) -> None:
     """Replace a ``GroupedLinear``: ``rows[r] @ weight[e].T + bias[e]`` for the expert e of row r."""
     rows, counts, weight, *rest = node.inputs
     assert rows is not None
     assert counts is not None
     assert weight is not None
     bias = rest[0] if rest else None
-    parts = dispatch.split(emit, rows, counts, sizes(weight)[0])
+    num_experts, out, _ = sizes(weight)
+    parts, beyond = dispatch.split(emit, rows, counts, num_experts, lacking)
     results = [_linear(emit, part, weight, bias, e, f"expert-{e}") for e, part in enumerate(parts)]
-    emit.commit(dispatch.join(emit, results))
+    emit.commit(dispatch.join(emit, [*results, *_nothing(emit, beyond, out, weight)]))
 
 
-def lower_experts(emit: Emitter, node: ir.Node) -> None:
+def lower_experts(emit: Emitter, node: ir.Node, lacking: bool) -> None:
     """Replace an ``Experts``: rows come sorted, and go so."""
     rows, counts, *weights = node.inputs
     assert rows is not None
     assert counts is not None
     stacked = {role: value for role, value in zip(ROLES, weights) if value is not None}
     activation = node.attributes["activation"].as_string()
-    parts = dispatch.split(emit, rows, counts, sizes(stacked["up"])[0])
-    emit.commit(dispatch.join(emit, [_expert(emit, stacked, activation, e, part) for e, part in enumerate(parts)]))
+    num_experts, out, _ = sizes(stacked["down"])
+    parts, rest = dispatch.split(emit, rows, counts, num_experts, lacking)
+    results = [_expert(emit, stacked, activation, e, part) for e, part in enumerate(parts)]
+    emit.commit(dispatch.join(emit, [*results, *_nothing(emit, rest, out, stacked["down"])]))
+
+
+def _nothing(emit: Emitter, rest: ir.Value | None, width: int, weight: ir.Value) -> list[ir.Value]:
+    assert weight.dtype is not None
+    return [] if rest is None else [dispatch.zeros(emit, rest, width, weight.dtype)]
 
 
 def _expert(emit: Emitter, stacked: Mapping[str, ir.Value], activation: str, e: int, rows: ir.Value) -> ir.Value:

@@ -41,6 +41,10 @@ class Pt2(Backend):
         "all_to_all_even": _KEPT,
         "jitter_like": _KEPT,
         "normal_like": _KEPT,
+        "gumbel_like": _KEPT,
+        "uniform_like": _KEPT,
+        "balanced_assignment": _KEPT,
+        "sinkhorn": _KEPT,
     }
     NEVER: ClassVar[Mapping[str, str]] = {"ffn": "clean-up turns every dense block back into ATen operators"}
 

@@ -49,6 +49,10 @@ class Tvm(Deployment):
         "experts": _GROUPED,
         "jitter_like": "gone: ones in evaluation",
         "normal_like": "gone: zeros in evaluation",
+        "gumbel_like": "gone: zeros in evaluation",
+        "uniform_like": "gone: zeros in evaluation",
+        "balanced_assignment": "gone: the highest score in evaluation",
+        "sinkhorn": "gone: the scores themselves in evaluation",
     }
     NEVER: ClassVar[Mapping[str, str]] = {
         "ffn": "clean-up turns every dense block back into ATen operators",

@@ -13,6 +13,7 @@ from torch.fx.experimental.symbolic_shapes import is_concrete_int
 from moeify.backends.calls import Call, find_calls
 from moeify.backends.exporting import drop_router_noise, export, rename_symbols
 from moeify.backends.tvm.types import dtype_name
+from moeify.ir.no_expert import fill_slots
 from moeify.ir.program import InputSpec, Program
 
 _ENDLESS = 2**31  # torch writes "no bound" as the largest int64 or as infinity
@@ -35,6 +36,7 @@ def source(program: Program) -> Source:
     """Raises NotExportable."""
     still = program.clone()
     drop_router_noise(still)
+    fill_slots(still)
     exported = export(still)
     module = exported.module(check_guards=False)
     return Source(module, find_calls(module.graph), program.inputs, _ranges(exported))

@@ -25,7 +25,7 @@ from moeify.ir.report import BlockReport, Report
 TOKENS = (1, 16, 128, 512)
 DENSE, TORCH, ORT, TVM = "dense", "torch", "onnxruntime", "tvm"
 FUSED = "dispatch_ffn"  # what the MoE is in PyTorch
-_PACKAGES = ("onnx", "onnx_ir", "onnxscript", "onnxruntime")
+PACKAGES = ("onnx", "onnx_ir", "onnxscript", "onnxruntime")
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def _check(tokens: Sequence[int], threads: int, rounds: int | None) -> None:
     for what, number in (("tokens", min(tokens, default=0)), ("threads", threads), ("rounds", rounds)):
         if number is not None and number < 1:
             raise BadOption(f"the number of {what} is {number}: it must be positive")
-    missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise RuntimeUnavailable(
             f"moeify bench needs the package {missing[0]}, which is not installed",
@@ -128,6 +128,7 @@ def _bench(
     example_rows = max(first, default=1)
     with measure.Sessions(made.threads) as sessions, Libraries(made.threads) as libraries:
         runner = candidates.Runner(models, sessions)
+        made.notes += [f"{file}: {name} ran as {what}" for name, what in runner.kernels().items()]
         progress.stage(f"{file}: compiling with TVM")
         compiled = _compile(libraries, program, twin, file, made)
         served: list[tuple[str, str, Any]] = [

@@ -34,11 +34,13 @@ from moeify.ir.profile import Profile
 from moeify.ir.program import Program
 from moeify.ir.recipe import Recipe
 from moeify.ir.report import Report
+from moeify.nn.losses import LOSSES
 from moeify.nn.routers import ROUTERS
 from moeify.pipeline import PASSES
 from moeify.pipeline.base import Pass
 from moeify.pipeline.default import FIND, REWRITE
 from moeify.pipeline.runner import run
+from moeify.training.watch import observe_if_asked
 from moeify.verify.all_on import all_on_errors
 from moeify.verify.measure import Recording, tolerance_for
 
@@ -110,7 +112,7 @@ def convert_file(
     given = UserData(data, profile, options or Options(seed=recipe.seed))
     given.check()
     if output is not None:
-        _check_output(Path(output), Path(model))
+        check_output(Path(output), Path(model))
     program, notes = captured(model, inputs, factory, allow, progress)
     program.recipe = recipe
     report = rewrite(program, given, str(model), progress, dumps, Path(model))
@@ -144,7 +146,8 @@ def convert(
     example tensors (by name or in order) or specs such as ``"input_ids=int64[batch=2,seq=16]"``; without them they
     are guessed. ``data`` replaces the example in verification and is what methods that split learn from: one batch as a
     tuple of tensors, or anything that ``moeify.profile`` takes; ``profile`` is what that returned, or its file. The
-    result carries the ``Report`` as ``moeify_report``. Raises VerificationFailed before the model is touched.
+    result carries the ``Report`` as ``moeify_report``, and is observed (``moeify.observe``) where the recipe names
+    router losses. Raises VerificationFailed before the model is touched.
     """
     if form not in ("module", "graph"):
         raise UsageError(f"there is no form {form!r}", hint="choose 'module' or 'graph'")
@@ -160,19 +163,24 @@ def convert(
     if form == "graph":
         from moeify.api.load import trainable
 
-        return trainable(program, report)
-    result = surgery.apply(model, program)
-    result.moeify_report = report  # type: ignore[assignment]
+        result = trainable(program, report)
+    else:
+        result = surgery.apply(model, program)
+        result.moeify_report = report  # type: ignore[assignment]
+    observe_if_asked(result)
     return result
 
 
 def check_names(recipe: Recipe) -> None:
-    """Raises UnknownName or BadOption for a method or router that does not exist, before any work."""
-    for fields in ({"method": recipe.method, "router": recipe.router}, *(fields for _, fields in recipe.overrides)):
+    """Raises UnknownName or BadOption for a method, router or router loss that does not exist, before any work."""
+    whole = {"method": recipe.method, "router": recipe.router, "router_losses": recipe.router_losses}
+    for fields in (whole, *(fields for _, fields in recipe.overrides)):
         if "method" in fields:
             METHODS.parse(fields["method"])
         if fields.get("router"):
             ROUTERS.parse(fields["router"])
+        for text in fields.get("router_losses", ()):
+            LOSSES.parse(text)
 
 
 def require_blocks(program: Program) -> None:
@@ -217,6 +225,8 @@ def rewrite(
     if split:
         progress.stage("fitting routers and down projections", total=len(split))
         reporting.fitted(report, stage.fit(program, progress.advance))
+        assert program.profile is not None
+        report.model_error_on_fitted_data = any(batch is one for one in program.profile.batches)
     reporting.complete(report, program)
     progress.stage("verifying")
     _verify(report, program, dense)
@@ -299,7 +309,7 @@ def captured(
     return program, notes
 
 
-def _check_output(path: Path, model: Path) -> None:
+def check_output(path: Path, model: Path) -> None:
     if path.is_dir():
         raise OutputNotWritten(f"cannot write {path}: it is a folder")
     if path.suffix != ".pt2":

@@ -18,19 +18,22 @@ from moeify.ir.modes import TrainableGraph
 from moeify.ir.program import InputSpec, Program
 from moeify.ir.recipe import Recipe
 from moeify.ir.report import Report
+from moeify.training.watch import observe_if_asked
 
 
 def load(path: str | Path, *, factory: str | None = None, allow: Sequence[str] = ()) -> nn.Module:
     """Open ``OUT.pt2`` (graph form) or a checkpoint folder (module form) as a trainable nn.Module, in eval mode.
 
-    ``factory`` builds the dense skeleton of a folder whose model is not a transformers class. Nothing in the file is
-    executed. Raises an InputError.
+    It is observed (``moeify.observe``) where its recipe names router losses. ``factory`` builds the dense skeleton of a
+    folder whose model is not a transformers class. Nothing in the file is executed. Raises an InputError.
     """
     path = Path(path)
     if path.is_dir():
-        return surgery.load(path, factory=factory, allow=allow)
-    program, metadata = read_graph(path)
-    return _trainable(program, metadata)
+        model = surgery.load(path, factory=factory, allow=allow)
+    else:
+        model = graph_module(*read_graph(path))
+    observe_if_asked(model)
+    return model
 
 
 def read_graph(path: Path) -> tuple[Program, dict[str, Any]]:
@@ -76,10 +79,11 @@ def _damaged(path: Path, error: Exception) -> UnreadableFile:
 
 def trainable(program: Program, report: Report) -> nn.Module:
     """A converted Program as a module with a train/eval switch."""
-    return _trainable(program, describe(program, report))
+    return graph_module(program, describe(program, report))
 
 
-def _trainable(program: Program, metadata: dict[str, Any]) -> nn.Module:
+def graph_module(program: Program, metadata: dict[str, Any]) -> nn.Module:
+    """What ``read_graph`` gives, as ``load`` gives it, not observed."""
     module = TrainableGraph(program.graph_module, program.graph)
     module.attention_dropout = tuple(metadata["attention_dropout"])
     module.moeify_report = Report.from_dict(metadata["report"])  # type: ignore[assignment]

@@ -166,7 +166,7 @@ def _measure(
         progress.stage(f"running {moe.name}", total=ran.batches)
         mixture.compare(_paired(records, ran, program, (dense.name, moe.name), progress))
     blocks = [_block(ran, anchor, one) for anchor, one in mixture.blocks.items()]
-    outputs = [_output(one) for one in mixture.outputs]
+    outputs = [output_quality(one) for one in mixture.outputs]
     missed = _missed(outputs, settings)
     notes = [*ran.notes, *_not_held_out(data, said)]
     seconds = time.perf_counter() - started
@@ -273,7 +273,8 @@ def _block(ran: _Dense, anchor: str, one: BlockMeasures) -> BlockQuality:
     )
 
 
-def _output(one: OutputMeasures) -> OutputQuality:
+def output_quality(one: OutputMeasures) -> OutputQuality:
+    """The figures that belong to the output's kind."""
     kind, found = one.kind, one.predictions
     return OutputQuality(
         kind.name,

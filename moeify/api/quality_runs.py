@@ -165,10 +165,11 @@ class MixtureRun:
         if shapes[0] != shapes[1]:
             raise UsageError(f"the outputs cannot be compared: shapes {shapes[0]} against {shapes[1]}")
         for measures, value, dense in zip(self.outputs, values, record.outputs, strict=True):
-            _add_output(measures, value, dense, record.inputs)
+            add_output(measures, value, dense, record.inputs)
 
 
-def _add_output(measures: OutputMeasures, value: Tensor, dense: Tensor, inputs: Sequence[Tensor]) -> None:
+def add_output(measures: OutputMeasures, value: Tensor, dense: Tensor, inputs: Sequence[Tensor]) -> None:
+    """What one output is for a batch, against the same output of the dense model."""
     kind = measures.kind
     if kind.kind == "values":
         rows = [wide(tensor).reshape(-1, 1) for tensor in (value, dense)]

@@ -84,6 +84,7 @@ class UserData:
             program,
             found.batches,
             gradients=_needs_gradients(program),
+            tokens=program.recipe.tokens,
             seed=program.recipe.seed,
             source=found.source,
             progress=progress,

@@ -23,11 +23,12 @@ def convert(
     experts: options.Experts = None,
     top_k: options.TopK = None,
     router: options.Router = None,
+    router_losses: options.RouterLosses = [],  # noqa: B006 (typer reads the default, nobody writes to it)
     shared: options.Shared = None,
     shared_gate: options.SharedGate = None,
     repair: options.Repair = None,
     blocks: options.Blocks = None,
-    include: options.Include = [],  # noqa: B006 (typer reads the default, nobody writes to it)
+    include: options.Include = [],  # noqa: B006
     overrides: options.Overrides = [],  # noqa: B006
     recipe_file: options.RecipeFile = None,
     seed: options.Seed = None,
@@ -62,6 +63,7 @@ def convert(
         experts=experts,
         top_k=top_k,
         router=router,
+        router_losses=tuple(router_losses) or None,
         shared=shared,
         shared_gate=shared_gate,
         repair=repair,

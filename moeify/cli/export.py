@@ -33,7 +33,11 @@ def export(
     dtype: Annotated[str | None, typer.Option(metavar="TYPE", help="float32, float16 or bfloat16.  [float32]")] = None,
     expert_dtype: Annotated[
         str | None,
-        typer.Option(metavar="TYPE", help="tvm, target cpu: store the experts so, compute in float32.  [float32]"),
+        typer.Option(
+            metavar="TYPE",
+            help="target cpu: store the experts so, compute in float32: float32, float16, bfloat16; onnxruntime: int8 "
+            "too, asks for the kernel lowering.  [float32]",
+        ),
     ] = None,
     bits: Annotated[
         int | None,
@@ -48,7 +52,9 @@ def export(
     ] = None,
     lowering: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="Use this for every block: split, com.microsoft.MoE; tuned, reference."),
+        typer.Option(
+            metavar="NAME", help="Use this for every block: split, kernel, com.microsoft.MoE; tvm: tuned, reference."
+        ),
     ] = None,
     measure: Annotated[
         bool, typer.Option("--measure", help="Time the lowerings on this machine instead of estimating.")

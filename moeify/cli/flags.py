@@ -39,7 +39,7 @@ def numbers(flag: str, text: str | None) -> tuple[float, ...] | None:
 
 
 def override(text: str) -> tuple[str, dict[str, Any]]:
-    """``GLOB:field=value,field=value``; commas inside braces belong to the value."""
+    """``GLOB:field=value,field=value``; commas inside braces belong to the value, ``+`` is between router losses."""
     glob, colon, fields = text.partition(":")
     if not (glob and colon and fields):
         raise BadOption(f"cannot read --set {text!r}", hint=_SET)
@@ -55,6 +55,8 @@ def _field(item: str, text: str) -> tuple[str, Any]:
         raise BadOption(f"--set {text!r} names a field that does not exist: {name!r}", hint=f"its fields: {known}")
     if not equals and kinds[name] is bool:
         return name, True
+    if name == "router_losses":
+        return name, tuple(part.strip() for part in re.split(r"\+(?![^{]*\})", value) if part.strip())
     try:
         return name, _truth(value) if kinds[name] is bool else kinds[name](value)
     except (KeyError, ValueError):

@@ -32,14 +32,27 @@ def inspect(
     graphml: Annotated[
         Path | None, typer.Option(metavar="OUT.graphml", help="Write the whole graph as GraphML.")
     ] = None,
+    routing: Annotated[
+        Path | None,
+        typer.Option(metavar="DATA", help="Run a converted FILE on data and show what its routers do."),
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="OUT.png", help="With --routing: the loads and agreements as a picture.")
+    ] = None,
+    tokenizer: options.Tokenizer = None,
+    sequence: options.Sequence = None,
+    tokens: Annotated[
+        int, typer.Option(min=1, metavar="N", help="With --routing: rows of a block after which it stops.")
+    ] = 8192,
     method: options.Method = None,
     experts: options.Experts = None,
     top_k: options.TopK = None,
     router: options.Router = None,
+    router_losses: options.RouterLosses = [],  # noqa: B006 (typer reads the default, nobody writes to it)
     shared: options.Shared = None,
     shared_gate: options.SharedGate = None,
     select: options.Select = None,
-    include: options.Include = [],  # noqa: B006 (typer reads the default, nobody writes to it)
+    include: options.Include = [],  # noqa: B006
     overrides: options.Overrides = [],  # noqa: B006
     recipe_file: options.RecipeFile = None,
     seed: options.Seed = None,
@@ -50,6 +63,11 @@ def inspect(
     debug: options.Debug = False,
 ) -> None:
     """Show what convert would do with a dense model, or what it did to a converted one."""
+    if routing is not None:
+        _routing(file, routing, plot, tokenizer, sequence, tokens, as_json)
+        return
+    if plot is not None or tokenizer is not None or sequence is not None:
+        raise UsageError("--plot, --tokenizer and --sequence go with --routing", hint="add --routing DATA")
     recipe = flags.recipe(
         recipe_file,
         overrides,
@@ -58,6 +76,7 @@ def inspect(
         experts=experts,
         top_k=top_k,
         router=router,
+        router_losses=tuple(router_losses) or None,
         shared=shared,
         shared_gate=shared_gate,
         blocks=select,
@@ -87,6 +106,32 @@ def inspect(
         _report(screen, file, seen, blocks, near_misses)
     for path in filter(None, (dot, graphml)):
         screen.line(f"wrote {path}")
+
+
+def _routing(
+    file: str, data: Path, plot: Path | None, tokenizer: str | None, sequence: int | None, tokens: int, as_json: bool
+) -> None:
+    from moeify.api.routing import routing_file
+    from moeify.cli import routing_summary
+    from moeify.data.examples import Options
+
+    if plot is not None:
+        from moeify.cli import chart
+
+        chart.check(plot)
+    with only_json(as_json):
+        found = routing_file(Path(file), data, options=Options(tokenizer, sequence), tokens=tokens)
+    if plot is not None:
+        from moeify.cli import routing_chart
+
+        routing_chart.draw(found.report, plot)
+    if as_json:
+        write_json(found.to_dict())
+        return
+    screen = Screen()
+    routing_summary.show(screen, found)
+    if plot is not None:
+        screen.line(f"wrote {plot}")
 
 
 def _write_files(program: Program, dot: Path | None, graphml: Path | None) -> None:

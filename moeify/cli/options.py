@@ -60,6 +60,14 @@ Router = Annotated[
     str | None,
     typer.Option(metavar="NAME", help="Who chooses them, see 'moeify routers'.  [softmax-topk; topk for splits]"),
 ]
+RouterLosses = Annotated[
+    list[str],
+    typer.Option(
+        "--router-loss",
+        metavar="NAME",
+        help="What training adds to the loss to keep experts in use, see 'moeify losses'. Repeatable.",
+    ),
+]
 Shared = Annotated[int | None, typer.Option(metavar="N", help="Experts that are always on.  [0]")]
 SharedGate = Annotated[
     bool | None,

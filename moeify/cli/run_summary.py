@@ -51,14 +51,9 @@ class Watch:
         if self._bars is None:
             return
         self._bars.advance(made.steps if len(made.losses) == 1 else 1)  # a run that goes on has some behind it
-        apart = max(1, self._steps // _LINES)
-        ends = made.stopped or made.steps in (made.first + 1, self._steps)
-        if self._answer is None and (ends or made.steps % apart == 0):
-            saved = f"  saved {made.saved.name}" if made.saved is not None and _is(made.saved, made.steps) else ""
-            self._bars.aside(
-                f"step {made.steps:>6}  loss {made.losses[-1]:.4f}  gradients {made.norms[-1]:.3g}  "
-                f"{made.seconds[-1]:.2f} s{saved}"
-            )
+        line = step_line(made, self._steps)
+        if self._answer is None and line is not None:
+            self._bars.aside(line)
 
     def trained(self, made: Trained, tokens: int) -> None:
         """``tokens`` are those of a step of all ranks."""
@@ -71,6 +66,7 @@ class Watch:
             "first_step": made.first + 1,
             "steps": made.steps,
             "losses": made.losses,
+            "router_losses": made.router_losses,
             "gradient_norms": made.norms,
             "seconds_per_step": seconds,
             "tokens_per_second": tokens / seconds if tokens else None,
@@ -84,6 +80,8 @@ class Watch:
         if made.stopped:
             screen.paragraph("stopped", f"by {made.stopped} after step {made.steps}", column=_COLUMN, style="bold")
         screen.paragraph("loss", f"{made.losses[0]:.4f} to {made.losses[-1]:.4f}", column=_COLUMN, style="bold")
+        for name, values in made.router_losses.items():
+            screen.paragraph(f"{name} loss", f"{values[0]:.4g} to {values[-1]:.4g}", column=_COLUMN)
         rate = f", {tokens / seconds:.0f} tokens/s" if tokens else ""
         screen.paragraph("speed", f"{seconds:.2f} s per step{rate}, on {self._ranks} ranks", column=_COLUMN)
         if made.saved is not None:
@@ -112,6 +110,24 @@ class Watch:
         screen.paragraph("speed", f"{speed}, on {self._ranks} ranks", column=_COLUMN)
         if outputs is not None:
             screen.paragraph("wrote", str(outputs), column=_COLUMN, style="bold")
+
+
+def step_line(made: Trained, steps: int) -> str | None:
+    """What is said of the last step, if anything is."""
+    apart = max(1, steps // _LINES)
+    ends = made.stopped or made.steps in (made.first + 1, steps)
+    if not ends and made.steps % apart:
+        return None
+    saved = f"  saved {made.saved.name}" if made.saved is not None and _is(made.saved, made.steps) else ""
+    return (
+        f"step {made.steps:>6}  loss {number(made.losses[-1])}  gradients {made.norms[-1]:.3g}  "
+        f"{made.seconds[-1]:.2f} s{saved}"
+    )
+
+
+def number(loss: float) -> str:
+    """Four decimals, or three digits of a small one."""
+    return f"{loss:.4f}" if abs(loss) >= 0.01 or not loss else f"{loss:.3g}"
 
 
 def _is(saved: Path, step: int) -> bool:

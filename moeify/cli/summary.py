@@ -126,7 +126,8 @@ def proof(screen: Screen, report: Report) -> None:
     converted = [block for block in report.blocks if block.converted]
     exact = [b.relative_error for b in converted if b.exact and b.relative_error is not None]
     changed = [b.relative_error for b in converted if not b.exact and b.relative_error is not None]
-    whole = f"whole model {error(report.model_relative_error)}"
+    fitted = " on data it was fitted to" if report.model_error_on_fitted_data else ""
+    whole = f"whole model {error(report.model_relative_error)}{fitted}"
     if not exact and not changed:
         screen.paragraph("verified", "no: nothing has been measured", column=COLUMN)
         return

@@ -65,11 +65,17 @@ def bind(
         if not groups.in_threads:
             for role, transport in groups.by_role.items():
                 roles.bind(role, transport)
-    dropout = tuple(program.provenance.get("attention_dropout", ()))
-    module = TrainableGraph(program.graph_module, program.graph, attention_dropout=dropout)
-    object.__setattr__(module, _ATTRIBUTE, Binding(groups, record))
+    module = as_bound(program, Binding(groups, record))
     if check_inputs:
         module.register_forward_pre_hook(_refuse_non_finite)
+    return module
+
+
+def as_bound(program: Program, binding: Binding) -> TrainableGraph:
+    """The program as a module that knows about its ranks."""
+    dropout = tuple(program.provenance.get("attention_dropout", ()))
+    module = TrainableGraph(program.graph_module, program.graph, attention_dropout=dropout)
+    object.__setattr__(module, _ATTRIBUTE, binding)
     return module
 
 

@@ -41,7 +41,7 @@ _MADE: WeakKeyDictionary[Board, dist.ProcessGroup] = WeakKeyDictionary()  # by t
 
 def save(
     module: nn.Module,
-    mesh: DeviceMesh,
+    mesh: DeviceMesh | None,
     folder: str | Path,
     step: int,
     *,
@@ -49,7 +49,8 @@ def save(
     facts: Mapping[str, Any] | None = None,
     keep: int = 2,
 ) -> Path:
-    """Write ``folder/step-0000STEP``. Every rank calls it; the path, when it is there for all.
+    """Write ``folder/step-0000STEP``. Every rank calls it; the path, when it is there for all. A run of one process
+    needs no mesh.
 
     ``facts`` are plain data for the one who loads. The last ``keep`` checkpoints stay. Raises, the same on every rank,
     NonFiniteWeights before anything is written, OutputNotWritten or RankLost; the checkpoints before are untouched
@@ -74,13 +75,21 @@ def save(
     with _translated(groups, f"cannot write a checkpoint to {folder}"):
         part = str(folders.part_of(folder, step))
         writer = HuggingFaceStorageWriter(part, file_of(state, FILE_BYTES), save_distributed=True)
-        dcp.save(state, storage_writer=writer, process_group=_group(groups))
+        if groups.size == 1:
+            with _meant():
+                dcp.save(state, storage_writer=writer, no_dist=True)
+        else:
+            dcp.save(state, storage_writer=writer, process_group=_group(groups))
     agreed(groups, _WHERE, finish)
     return folders.path_of(folder, step)
 
 
 def load(
-    module: nn.Module, mesh: DeviceMesh, checkpoint: str | Path, *, optimizer: torch.optim.Optimizer | None = None
+    module: nn.Module,
+    mesh: DeviceMesh | None,
+    checkpoint: str | Path,
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
 ) -> State:
     """Read one checkpoint, of any number of ranks, into the module and the optimizer. Every rank calls it.
 
@@ -122,8 +131,7 @@ def file_of(state: Mapping[str, Tensor], limit: int) -> dict[str, int]:
 def read_tensors(into: dict[str, Tensor], reader: HuggingFaceStorageReader, checkpoint: Path) -> None:
     """Fill the tensors with what this process needs of the files, the other ranks unasked. Raises UnreadableFile."""
     try:
-        with quiet(), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # that is what is meant
+        with quiet(), _meant():
             dcp.load(into, storage_reader=reader, no_dist=True)
     except CheckpointException as error:
         _, (cause, _) = next(iter(error.failures.items()))
@@ -206,6 +214,14 @@ def _translated(groups: Groups, what: str) -> Iterator[None]:
         raise OutputNotWritten(f"{what}: rank {rank}: {type(cause).__name__}: {str(cause).splitlines()[0]}") from error
     except RuntimeError as error:
         raise explain(error, groups.board, groups.rank, groups.ranks, _WHERE, groups.seconds) from error
+
+
+@contextlib.contextmanager
+def _meant() -> Iterator[None]:
+    """Without torch's warning that one process is asked alone."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        yield
 
 
 @contextlib.contextmanager

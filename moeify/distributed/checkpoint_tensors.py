@@ -27,8 +27,9 @@ def weights(module: nn.Module) -> dict[str, Tensor]:
     return dict(found.values())
 
 
-def state_of(module: nn.Module, mesh: DeviceMesh, optimizer: torch.optim.Optimizer | None) -> dict[str, Tensor]:
-    """Everything to save, and to load into: the tensors share memory with the module and the optimizer.
+def state_of(module: nn.Module, mesh: DeviceMesh | None, optimizer: torch.optim.Optimizer | None) -> dict[str, Tensor]:
+    """Everything to save, and to load into: the tensors share memory with the module and the optimizer. Only a module
+    with a part of the experts needs the mesh.
 
     Raises ValueError for a parameter that FSDP has cut: its own state_dict is the way.
     """
@@ -63,11 +64,12 @@ def _moments(module: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tu
             yield name, key, value
 
 
-def _part(value: Tensor, mesh: DeviceMesh, experts: int | None) -> Tensor:
+def _part(value: Tensor, mesh: DeviceMesh | None, experts: int | None) -> Tensor:
     if isinstance(value, DTensor):
         raise ValueError("a parameter is a DTensor already: save a module before fully_shard")
     if experts is None:
         return value
+    assert mesh is not None
     shape = (experts, *value.shape[1:])
     stride = torch.empty(shape, device="meta").stride()
     return DTensor.from_local(value, mesh[EXPERTS], [Shard(0)], run_check=False, shape=torch.Size(shape), stride=stride)

@@ -104,6 +104,8 @@ def _present(groups: Groups, trained: Mapping[str, nn.Parameter], experts: froze
 
 
 def _reduce(gradients: list[Tensor], over: Iterable[Transport], divide_by: int) -> None:
+    if divide_by == 1:
+        return
     over = list(over)
     for bucket in _buckets(gradients):
         flat = torch.cat([grad.reshape(-1) for grad in bucket])

@@ -33,7 +33,8 @@ class _Counting(fx.Interpreter):
         if block is not None:
             assert isinstance(value, torch.Tensor)
             rows = self.rows[block]
-            rows += torch.bincount(value.flatten().cpu(), minlength=len(rows))
+            # Slots without an expert hold the number after the last.
+            rows += torch.bincount(value.flatten().cpu(), minlength=len(rows))[: len(rows)]
         return value
 
 

@@ -10,9 +10,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from moeify.data import tensors as data_files
 from moeify.data import text
-from moeify.errors import BadInputSpec
-from moeify.ir.program import InputSpec
+from moeify.errors import BadInputSpec, BadOption, UsageError
+from moeify.ir.language import token_input_of
+from moeify.ir.program import InputSpec, Program
 
 
 @dataclass(frozen=True)
@@ -34,9 +36,16 @@ class Examples:
         """The examples of a training step: every one once, in a new order, before any comes again."""
         return [int(self._order(p // self.count)[p % self.count]) for p in range(step * batch, (step + 1) * batch)]
 
-    def take(self, which: Sequence[int]) -> dict[str, Tensor]:
+    def take(self, which: Sequence[int], device: torch.device | None = None) -> dict[str, Tensor]:
         rows = torch.tensor(which, dtype=torch.int64)
-        return {name: tensor[rows] for name, tensor in self.tensors.items()}
+        return {name: tensor[rows].to(device) for name, tensor in self.tensors.items()}
+
+    def split(self, last: int) -> tuple[Examples, Examples]:
+        """All but the last so many examples, and those."""
+        cut = self.count - last
+        parts = ({n: t[:cut] for n, t in self.tensors.items()}, {n: t[cut:] for n, t in self.tensors.items()})
+        first, rest = (Examples(tensors, self.inputs, self.seed) for tensors in parts)
+        return first, rest
 
     def _order(self, epoch: int) -> Tensor:
         if epoch not in self._orders:
@@ -73,6 +82,15 @@ def rows_of(count: int, ranks: int) -> list[int]:
     return [stop - start for start, stop in (bounds(count, ranks, rank) for rank in range(ranks))]
 
 
+def fitted(
+    tensors: Mapping[str, Tensor] | Sequence[Tensor], specs: Sequence[InputSpec], source: str, seed: int = 0
+) -> Examples:
+    """Tensors by name, of which the model may not read all, or its inputs in order. Raises BadInputSpec."""
+    inputs = data_files.fit(tensors, specs, source)
+    more = tensors if isinstance(tensors, Mapping) else {}
+    return from_tensors({**more, **{spec.name: one for spec, one in zip(specs, inputs)}}, specs, source, seed)
+
+
 def from_tensors(tensors: Mapping[str, Tensor], specs: Sequence[InputSpec], source: str, seed: int = 0) -> Examples:
     """Tensors whose rows are examples; those of the model's inputs have been checked. Raises BadInputSpec."""
     names = tuple(spec.name for spec in specs)
@@ -83,16 +101,25 @@ def from_tensors(tensors: Mapping[str, Tensor], specs: Sequence[InputSpec], sour
     return Examples(dict(tensors), names, seed)
 
 
-def from_text(
-    path: Path, tokenizer: str, sequence: int, specs: Sequence[InputSpec], ids: str, vocabulary: int, seed: int = 0
+def read(
+    path: Path, program: Program, tokenizer: str | None, sequence: int, seed: int = 0, *, framed: bool = False
 ) -> Examples:
-    """A text in pieces of ``sequence`` tokens, the last piece left out where it is shorter.
+    """A text, or tensors of which some may be for the loss alone. The last piece of a text is left out where it is
+    shorter; ``framed`` puts the tokenizer's special tokens around each piece.
 
-    ``ids`` is the input that takes the tokens; an input named attention_mask gets ones. Raises UnreadableFile,
-    BadOption for a tokenizer that is not the model's, BadInputSpec for a model with other inputs.
+    Raises UsageError for a text without a tokenizer, BadOption for one that the model cannot read, and what reading
+    raises.
     """
-    made = text.inputs_of(text.pieces(path, tokenizer, sequence, vocabulary), specs, ids)
-    return Examples(made, tuple(spec.name for spec in specs), seed)
+    if path.suffix not in text.SUFFIXES:
+        return fitted(data_files.tensors(path), program.inputs, str(path), seed)
+    if tokenizer is None:
+        raise UsageError(f"{path} is a text", hint=f"say how to cut it: --tokenizer FOLDER, or {text.BYTES}")
+    found = token_input_of(program)
+    if found is None:
+        raise BadOption(f"{path} is a text, and the model reads no tokens", hint="give tensors by input name")
+    pieces = text.pieces(path, tokenizer, sequence, found.vocabulary, framed=framed)
+    specs = program.inputs
+    return Examples(text.inputs_of(pieces, specs, found.name), tuple(spec.name for spec in specs), seed)
 
 
 def check_fixed(specs: Sequence[InputSpec], batch: int, ranks: int) -> int | None:

@@ -37,6 +37,10 @@ class Evaluation:
         return {**asdict(self), "examples_per_second": self.examples / self.seconds}
 
 
+def device_of(module: nn.Module) -> torch.device:
+    return next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
+
+
 def run_model(module: nn.Module, examples: Examples, batch: dict[str, Tensor]) -> Any:
     """Raises BadInputSpec when the model does not run on the data."""
     try:
@@ -79,7 +83,7 @@ def evaluate(
         for start in range(0, last, batch):
             which = list(range(start, min(start + batch, last)))
             mine = part(which, ranks.size, ranks.rank)
-            tensors = examples.take(mine.which)
+            tensors = examples.take(mine.which, device_of(module))
             output = run_model(module, examples, tensors)
             if loss is not None:
                 value, count = loss(output, tensors, mine.counted)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -18,16 +19,16 @@ from moeify.distributed.groups import Groups, named
 from moeify.distributed.processes import SECONDS, ProcessTransport, groups_of
 from moeify.errors import BadOption, NonFiniteValues, RankLost
 from moeify.ir import roles
-from moeify.ir.roles import DATA, EXPERTS
+from moeify.ir.roles import DATA, EXPERTS, Transport
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among the others. ``everyone`` is the group of all of them."""
+    """This process among the others. ``everyone`` is the group of all of them; a run of one process needs no mesh."""
 
-    mesh: DeviceMesh
+    mesh: DeviceMesh | None
     groups: Groups
-    everyone: ProcessTransport
+    everyone: Transport
 
     @property
     def rank(self) -> int:
@@ -51,10 +52,11 @@ class Ranks:
         loss, count, flags, *bad = self.total([loss if finite else 0.0, count, float(flag), *bad], where)
         ranks = [rank for rank, mark in enumerate(bad) if mark]
         if ranks:
+            on, of = (f" on {named(ranks)}", " of that rank") if self.size > 1 else ("", "")
             raise NonFiniteValues(
-                f"the loss is NaN or infinity on {named(ranks)}",
+                f"the loss is NaN or infinity{on}",
                 where=where,
-                hint="look at the data of that rank; a smaller learning rate helps where the weights have diverged",
+                hint=f"look at the data{of}; a smaller learning rate helps where the weights have diverged",
             )
         return loss, count, flags > 0
 
@@ -118,6 +120,8 @@ class Signals:
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> Signals:
+        if threading.current_thread() is not threading.main_thread():  # Python hands signals to no other
+            return self
         for number in (signal.SIGTERM, signal.SIGINT):
             self._before[number] = signal.signal(number, self._note)
         return self

@@ -14,7 +14,7 @@ from moeify.ir.block import Block
 from moeify.ir.profile import BlockProfile
 from moeify.ir.recipe import BlockRecipe
 from moeify.ir.weights import WeightRecipe
-from moeify.nn.routers.base import RouterSpec, Units
+from moeify.nn.routers.router import RouterSpec, Units
 from moeify.registry import render
 
 

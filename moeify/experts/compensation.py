@@ -18,8 +18,8 @@ class Compensation:
 
     So an expert that is off counts with its mean, and nothing changes when all are on. ``units`` gives the hidden
     units of each expert [E, W], ``mean`` the mean hidden value [F] on the user's data; both are called when a weight
-    is computed. As in G-MoEfication: Lee et al., Breaking ReLU Barrier:
-    Generalized MoEfication for Dense Pretrained Models, EMNLP 2024.
+    is computed. As in G-MoEfication: Lee et al., "Breaking ReLU Barrier: Generalized MoEfication for Dense Pretrained
+    Models", EMNLP 2024 (aclanthology.org/2024.emnlp-main.563).
     """
 
     block: Block

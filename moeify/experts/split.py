@@ -19,7 +19,7 @@ from moeify.ir.profile import BlockProfile
 from moeify.ir.recipe import BlockRecipe
 from moeify.ir.weights import WeightRecipe, generator_for
 from moeify.nn.routers import ROUTERS
-from moeify.nn.routers.base import RouterSpec
+from moeify.nn.routers.router import RouterSpec
 
 _Units = Callable[[], Tensor]
 
@@ -61,7 +61,7 @@ class Split(Method):
         return self.needs_profile or self.compensate
 
     def keeps_function(self, recipe: BlockRecipe, router: RouterSpec) -> bool:
-        return recipe.top_k == recipe.experts and router.gates_are_one(recipe.top_k)
+        return not router.leaves_out(recipe.top_k, recipe.experts) and router.gates_are_one(recipe.top_k)
 
     def plan(
         self, block: Block, recipe: BlockRecipe, seed: int, dtype: torch.dtype, material: Material | None = None

@@ -11,15 +11,15 @@ from torch import Tensor
 
 from moeify.fitting.mixture import Mixture
 from moeify.fitting.routers import largest
-from moeify.nn.routers.base import Router
+from moeify.nn.routers.router import Router
 
 ROWS = 1024  # of hidden values at a time
 
 
 @dataclass(frozen=True)
 class Routing:
-    """How a router chooses. ``agreement`` is the share of a token's chosen experts that are among its ``top_k`` of the
-    largest outputs; ``load_cv`` the standard deviation of the experts' loads over their mean; ``load_entropy`` the
+    """How a router chooses. ``agreement`` is the share of the chosen experts that are among their token's ``top_k`` of
+    the largest outputs; ``load_cv`` the standard deviation of the experts' loads over their mean; ``load_entropy`` the
     entropy of the loads over that of equal ones.
     """
 
@@ -49,7 +49,13 @@ class Fitted:
 def gates(router: Router, x_ND: Tensor, experts: int) -> Tensor:
     """The weight of every expert [N, E], zero for those not chosen."""
     experts_NK, weights_NK = router(x_ND)
-    return x_ND.new_zeros(len(x_ND), experts).scatter_(1, experts_NK, weights_NK.float())
+    return _by_expert(experts_NK, weights_NK.float(), experts)
+
+
+def _by_expert(experts_NK: Tensor, values_NK: Tensor, experts: int) -> Tensor:
+    """[N, E]; a slot without an expert, number E, is nowhere."""
+    spread = values_NK.new_zeros(len(values_NK), experts + 1).scatter_(1, experts_NK, values_NK)
+    return spread[:, :experts]
 
 
 def rms_error(mixture: Mixture, router: Router, x_ND: Tensor, whole: Callable[[Tensor], Tensor]) -> float:
@@ -69,12 +75,13 @@ def routing_of(mixture: Mixture, router: Router, x_ND: Tensor) -> Routing:
     load_E = torch.zeros(mixture.experts, dtype=torch.float64)
     agreed = 0.0
     for x in x_ND.split(ROWS):
-        chosen_NE = x.new_zeros(len(x), mixture.experts).scatter_(1, router(x)[0], 1.0)
+        experts_NK = router(x)[0]
+        chosen_NE = _by_expert(experts_NK, torch.ones_like(experts_NK, dtype=x.dtype), mixture.experts)
         agreed += float((chosen_NE * largest(mixture.sizes(mixture.hidden(x)), router.top_k)).sum())
         load_E += chosen_NE.sum(0).cpu()
     share_E = load_E / load_E.sum()
     return Routing(
-        agreement=agreed / (len(x_ND) * router.top_k),
+        agreement=agreed / float(load_E.sum()),
         load_cv=float(load_E.std(correction=0) / load_E.mean()),
         load_entropy=-float(torch.special.xlogy(share_E, share_E).sum()) / math.log(mixture.experts),
     )

@@ -25,7 +25,6 @@ from moeify.ir.metadata import tag
 from moeify.ir.program import Program
 from moeify.ir.weights import generator_for
 from moeify.nn.routers import ROUTERS
-from moeify.nn.routers.topk import TopK
 from moeify.nn.routers.topk_scores import TopKRouter
 from moeify.verify.measure import in_float32
 
@@ -39,7 +38,7 @@ def check(program: Program) -> None:
         recipe = program.recipe.for_block(block.path)
         spec = ROUTERS.parse(recipe.router)
         if not METHODS.parse(recipe.method).splits:
-            if isinstance(spec, TopK) and spec.fit:
+            if spec.fit:
                 raise Refused(
                     f"{spec} fits scores to parts of the block, and the experts of {recipe.method} are whole",
                     where=block.path,
@@ -51,7 +50,7 @@ def check(program: Program) -> None:
                     where=block.path,
                     hint="use --router topk, or a method that needs no data and no --data",
                 )
-        elif isinstance(spec, TopK) and spec.fit:
+        elif spec.fit:
             raise Refused(
                 f"{spec} is fitted on data, and there are none",
                 where=block.path,
@@ -124,7 +123,7 @@ class _Fit:
         router = spec.build(self.block.d_model, self.plan.num_experts, recipe.top_k, dtype=torch.float32)
         router.load_state_dict({name: self._read(f"{self._prefix}{name}").float() for name in router.state_dict()})
         router.to(fit_ND.device).eval()
-        how = spec.fit_with_data if isinstance(spec, TopK) else None
+        how = spec.fit_with_data
         if how is not None:
             assert isinstance(router, TopKRouter)
             sizes = torch.cat([dense.sizes(dense.hidden(x)) for x in fit_ND.split(ROWS)])
@@ -181,7 +180,8 @@ def _has_data(program: Program) -> bool:
 
 def _leaves_out(program: Program, block: Block) -> bool:
     recipe = program.recipe.for_block(block.path)
-    return METHODS.parse(recipe.method).splits and recipe.top_k < recipe.experts
+    leaves_out = ROUTERS.parse(recipe.router).leaves_out(recipe.top_k, recipe.experts)
+    return METHODS.parse(recipe.method).splits and leaves_out
 
 
 def _inputs(graph: fx.Graph, anchors: dict[str, Block]) -> dict[str, list[fx.Node]]:

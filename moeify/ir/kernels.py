@@ -1,5 +1,7 @@
 """Grouped products over rows sorted by expert: one GEMM per expert that has rows, no token loop, no mask.
 
+Rows after those that are counted belong to no expert: nothing is computed for them, and their results are zero.
+
 These run on every device. Reading ``counts_E`` as a list waits for the device once per call; ``kernels_grouped`` holds
 the path that does not. Letters: R rows, I and O inner and outer width, the rest as in ``ops``.
 """
@@ -31,6 +33,12 @@ def slices(counts_E: Tensor) -> Iterator[tuple[int, slice]]:
             start += count
 
 
+def _zero_rest(out_RO: Tensor, counts_E: Tensor) -> Tensor:
+    """The result with zeros in the rows of no expert."""
+    out_RO[int(counts_E.sum()) :].zero_()
+    return out_RO
+
+
 def _tiled(part: slice, total: int) -> slice:
     """The rows of an expert and enough of its neighbours' to fill whole tiles; the products of those are dropped."""
     size = -(-(part.stop - part.start) // _TILE) * _TILE
@@ -52,7 +60,7 @@ def linear(rows_RI: Tensor, counts_E: Tensor, weight_EOI: Tensor, bias_EO: Tenso
             wide = _tiled(part, rows_RI.shape[0])
             product = _linear(rows_RI[wide], weight_EOI[e], _of(bias_EO, e), buffer)
             out_RO[part].copy_(product[part.start - wide.start : part.stop - wide.start])
-    return out_RO
+    return _zero_rest(out_RO, counts_E)
 
 
 def outer(left_RO: Tensor, right_RI: Tensor, counts_E: Tensor) -> Tensor:
@@ -111,7 +119,7 @@ def ffn(
         else:
             product = _linear(hidden, down_EDF[e], _of(down_bias_ED, e), out_buffer)
             out_RD[part].copy_(product[part.start - wide.start : part.stop - wide.start])
-    return out_RD
+    return _zero_rest(out_RD, counts_E)
 
 
 def _weight_first(rows: Tensor) -> bool:

@@ -45,12 +45,25 @@ def expert_of_row(counts_E: Tensor, rows: int) -> Tensor:
     return experts_E.repeat_interleave(counts_E, output_size=rows)
 
 
+def expert_or_none_of_row(counts_E: Tensor, rows: int) -> Tensor:
+    """The same where the last rows may belong to no expert: the number E there."""
+    rest = (rows - counts_E.sum()).unsqueeze(0)
+    return expert_of_row(torch.cat([counts_E, rest]), rows)
+
+
+def _zero_rest(out_RO: Tensor, counts_E: Tensor) -> Tensor:
+    """The result with zeros in the rows of no expert, which the kernel leaves as they were in memory."""
+    place_R = torch.arange(out_RO.shape[0], device=out_RO.device)
+    return out_RO.masked_fill_((place_R >= counts_E.sum()).unsqueeze(1), 0)
+
+
 def linear(rows_RI: Tensor, counts_E: Tensor, weight_EOI: Tensor, bias_EO: Tensor | None) -> Tensor:
     """See ``kernels.linear``."""
     out_RO = F.grouped_mm(rows_RI.contiguous(), _plain(weight_EOI).transpose(1, 2), offs=offsets(counts_E))
-    if bias_EO is None:
-        return out_RO
-    return out_RO.add_(bias_EO.index_select(0, expert_of_row(counts_E, rows_RI.shape[0])))
+    if bias_EO is not None:
+        expert_R = expert_or_none_of_row(counts_E, rows_RI.shape[0]).clamp_(max=bias_EO.shape[0] - 1)
+        out_RO.add_(bias_EO.index_select(0, expert_R))
+    return _zero_rest(out_RO, counts_E)
 
 
 def outer(left_RO: Tensor, right_RI: Tensor, counts_E: Tensor) -> Tensor:
@@ -63,9 +76,9 @@ def outer(left_RO: Tensor, right_RI: Tensor, counts_E: Tensor) -> Tensor:
 def total(rows_RO: Tensor, counts_E: Tensor) -> Tensor:
     """See ``kernels.total``. Sums in float32 at least: the additions are atomic, one row at a time."""
     wide = torch.promote_types(rows_RO.dtype, torch.float32)
-    out_EO = torch.zeros(counts_E.shape[0], rows_RO.shape[1], dtype=wide, device=rows_RO.device)
-    out_EO.index_add_(0, expert_of_row(counts_E, rows_RO.shape[0]), rows_RO.to(wide))
-    return out_EO.to(rows_RO.dtype)
+    out = torch.zeros(counts_E.shape[0] + 1, rows_RO.shape[1], dtype=wide, device=rows_RO.device)
+    out.index_add_(0, expert_or_none_of_row(counts_E, rows_RO.shape[0]), rows_RO.to(wide))
+    return out[:-1].to(rows_RO.dtype)
 
 
 def ffn(

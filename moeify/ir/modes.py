@@ -37,6 +37,10 @@ FLAGS: dict[str, str] = {
     "moeify::ffn": "train",
     "moeify::jitter_like": "train",
     "moeify::normal_like": "train",
+    "moeify::gumbel_like": "train",
+    "moeify::uniform_like": "train",
+    "moeify::balanced_assignment": "train",
+    "moeify::sinkhorn": "train",
 }
 SDPA = "aten::scaled_dot_product_attention"
 # These follow their running statistics; without any they use the batch in both modes and are left alone.
@@ -99,8 +103,17 @@ class TrainableGraph(fx.GraphModule):
         attention_dropout: Sequence[float] = (),
     ) -> None:
         super().__init__(root, graph, class_name or type(self).__name__)
+        self._keep_unread(root)
         self.attention_dropout = tuple(attention_dropout)
         self.train(False)
+
+    def _keep_unread(self, root: nn.Module) -> None:
+        """fx takes over what the graph reads; a router may have parameters that only a loss reads."""
+        mine = {name for name, _ in self.named_parameters(remove_duplicate=False)}
+        for name, parameter in root.named_parameters(remove_duplicate=False):
+            owner, _, leaf = name.rpartition(".")
+            if name not in mine and ".router." in name and parameter.device.type != "meta":
+                self.get_submodule(owner).register_parameter(leaf, parameter)
 
     def train(self, mode: bool = True) -> TrainableGraph:
         """Flip the flags of the graph; see set_training."""

@@ -17,7 +17,14 @@ the inner and outer width of one grouped linear. Gated means ``h = act(gate) * u
 | ``pad_groups``, ``unpad_groups`` | each expert's rows in a buffer of one size, and back | rows |
 | ``local_counts`` | the rows that all ranks sent to each of this rank's experts | none |
 | ``all_to_all_rows``, ``all_to_all_even`` | rows that change ranks, see ``ops_exchange`` | x |
-| ``jitter_like``, ``normal_like`` | router noise in training; ones, zeros otherwise | none |
+| ``jitter_like`` | router noise in training; ones otherwise | none |
+| ``normal_like``, ``gumbel_like``, ``uniform_like`` | router noise in training; zeros otherwise | none |
+| ``balanced_assignment`` | a balanced choice among scores in training; the highest otherwise | none |
+| ``sinkhorn`` | a balanced plan of scores in training; the scores otherwise | none |
+
+The experts that ``permute`` and ``dispatch_ffn`` read are numbers from 0 to E. The number E is no expert: such a slot
+is sorted last, is in no count and costs no product; its row is zero, and so is what it adds to its token. Routers that
+give a token fewer than K experts put it there (see ``no_expert``).
 
 On the CPU an operator runs one GEMM per expert that has rows. On CUDA it runs ``torch.nn.functional.grouped_mm`` where
 dtype and device allow (see ``kernels_grouped``) and the same loop elsewhere; neither has been run on a GPU. Each
@@ -28,12 +35,13 @@ autograd traces through them; double backward is not supported.
 
 from __future__ import annotations
 
-from moeify.ir import ops_autocast, ops_exchange, ops_experts, ops_ffn, ops_groups, ops_permute, ops_random
+from moeify.ir import ops_autocast, ops_balance, ops_exchange, ops_experts, ops_ffn, ops_groups, ops_permute, ops_random
 from moeify.ir.ops_library import NAMES
 
 __all__ = [
     "NAMES",
     "ops_autocast",
+    "ops_balance",
     "ops_exchange",
     "ops_experts",
     "ops_ffn",

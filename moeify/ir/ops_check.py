@@ -32,6 +32,20 @@ def routing(op: str, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor | None
     shape(op, "weights", weights_TK, *experts_TK.shape)
 
 
+def scores(op: str, scores_TE: Tensor) -> None:
+    """Raises ValueError for what are no scores of at least one expert."""
+    if scores_TE.dim() != 2 or not scores_TE.shape[1] or not scores_TE.dtype.is_floating_point:
+        what = f"scores are {_dtype(scores_TE)} of shape {list(scores_TE.shape)}"
+        raise ValueError(f"moeify::{op}: {what}, expected floats [T, E]")
+
+
+def grouped_counts(op: str, counts_E: Tensor, rows: int, num_experts: int) -> None:
+    """``counts`` for rows of which the last may belong to no expert."""
+    shape(op, "counts", counts_E, num_experts)
+    if counts_E.device.type == "cpu" and int(counts_E.sum()) > rows:
+        raise ValueError(f"moeify::{op}: counts add up to {int(counts_E.sum())} and there are {rows} rows")
+
+
 def counts(op: str, counts_E: Tensor, rows: int, num_experts: int) -> None:
     """Raises ValueError when the counts are not one per expert. Their sum is looked at on the CPU only."""
     shape(op, "counts", counts_E, num_experts)

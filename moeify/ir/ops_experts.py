@@ -26,7 +26,7 @@ def _experts(rows_RD: Tensor, counts_E: Tensor, *weights_and_activation: Any) ->
     *weights, activation = weights_and_activation
     act = lookup(activation)
     _check("experts", rows_RD, weights)
-    ops_check.counts("experts", counts_E, rows_RD.shape[0], weights[0].shape[0])
+    ops_check.grouped_counts("experts", counts_E, rows_RD.shape[0], weights[0].shape[0])
     path = kernels_grouped if kernels_grouped.fits(rows_RD, *weights[:3]) else kernels
     return path.ffn(rows_RD, None, counts_E, *weights, act)
 
@@ -50,14 +50,20 @@ def _experts_backward(ctx: Any, grad_RD: Tensor) -> tuple:
 
 
 def _dispatch(x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, *weights_and_activation: Any) -> Tensor:
+    weights: list[Any]
     *weights, activation = weights_and_activation
     act = lookup(activation)
     ops_check.routing("dispatch_ffn", x_TD, experts_TK, weights_TK)
     ops_check.same_dtype("dispatch_ffn", x_TD, weights=weights_TK)
     _check("dispatch_ffn", x_TD, weights)
     counts_E, order_R = ops_permute.sort(experts_TK, weights[0].shape[0])
-    path = kernels_grouped if kernels_grouped.fits(x_TD, *weights[:3]) else kernels
-    rows_RD = path.ffn(x_TD, order_R // experts_TK.shape[1], counts_E, *weights, act)
+    token_R = order_R // experts_TK.shape[1]
+    path: Any = kernels
+    if kernels_grouped.fits(x_TD, *weights[:3]):
+        path = kernels_grouped
+    else:
+        token_R = token_R[: int(counts_E.sum())]
+    rows_RD = path.ffn(x_TD, token_R, counts_E, *weights, act)
     return ops_permute.combine(rows_RD, order_R, weights_TK)
 
 
@@ -79,7 +85,9 @@ def _dispatch_backward(ctx: Any, grad_TD: Tensor) -> tuple:
         dots = ops_permute.dot(grad_hidden, hidden.value)
         if weights[5] is not None:
             expert = experts.reshape(-1).index_select(0, order)
-            dots = dots + ops_permute.dot(grad_plain, weights[5].index_select(0, expert))
+            there = expert < weights[5].shape[0]
+            bias = weights[5].index_select(0, expert.clamp(max=weights[5].shape[0] - 1))
+            dots = dots + torch.where(there, ops_permute.dot(grad_plain, bias), 0)
         grad_gates = ops_permute.to_slots(dots, order).view(gates.shape)
     scaled = None if grad_hidden is None else grad_hidden * gate
     grad_rows, grads = hidden.backward(scaled, grad_plain * gate, need_x, need)

@@ -19,7 +19,7 @@ def _linear(rows_RI: Tensor, counts_E: Tensor, weight_EOI: Tensor, bias_EO: Tens
             "expected [R, I] and [E, O, I]"
         )
     ops_check.shape(op, "bias", bias_EO, *weight_EOI.shape[:2])
-    ops_check.counts(op, counts_E, rows_RI.shape[0], weight_EOI.shape[0])
+    ops_check.grouped_counts(op, counts_E, rows_RI.shape[0], weight_EOI.shape[0])
     ops_check.same_dtype(op, rows_RI, weight=weight_EOI, bias=bias_EO)
     path = kernels_grouped if kernels_grouped.fits(rows_RI, weight_EOI) else kernels
     return path.linear(rows_RI, counts_E, weight_EOI, bias_EO)
@@ -52,7 +52,7 @@ def _outer(left_RO: Tensor, right_RI: Tensor, counts_E: Tensor) -> Tensor:
             f"moeify::{op}: left has shape {list(left_RO.shape)} and right {list(right_RI.shape)}, "
             "expected [R, O] and [R, I]"
         )
-    ops_check.counts(op, counts_E, left_RO.shape[0], counts_E.shape[0])
+    ops_check.grouped_counts(op, counts_E, left_RO.shape[0], counts_E.shape[0])
     ops_check.same_dtype(op, left_RO, right=right_RI)
     path = kernels_grouped if kernels_grouped.fits(left_RO, right_RI) else kernels
     return path.outer(left_RO, right_RI, counts_E)
@@ -65,7 +65,7 @@ def _outer_fake(left_RO: Tensor, right_RI: Tensor, counts_E: Tensor) -> Tensor:
 def _sum(rows_RO: Tensor, counts_E: Tensor) -> Tensor:
     if rows_RO.dim() != 2:
         raise ValueError(f"moeify::grouped_sum: rows have shape {list(rows_RO.shape)}, expected [R, O]")
-    ops_check.counts("grouped_sum", counts_E, rows_RO.shape[0], counts_E.shape[0])
+    ops_check.grouped_counts("grouped_sum", counts_E, rows_RO.shape[0], counts_E.shape[0])
     path = kernels_grouped if kernels_grouped.fits(rows_RO) else kernels
     return path.total(rows_RO, counts_E)
 

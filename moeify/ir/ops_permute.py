@@ -12,21 +12,22 @@ from moeify.ir.ops_library import define
 
 
 def sort(experts_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-    """(counts_E, order_R) of a stable sort by expert. Raises IndexError, on the CPU, for an expert that does not exist.
+    """(counts_E, order_R) of a stable sort by expert, slots without one (the number E) last and not counted. Raises
+    IndexError, on the CPU, for an expert that does not exist.
 
     CUDA counts by scatter_add: bincount would wait for the device.
     """
     flat_R = experts_TK.reshape(-1)
     order_R = flat_R.argsort(stable=True)
     if flat_R.device.type != "cpu":
-        counts_E = torch.zeros(num_experts, dtype=torch.int64, device=flat_R.device)
-        return counts_E.scatter_add_(0, flat_R, torch.ones_like(flat_R)), order_R
+        counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=flat_R.device)
+        return counts.scatter_add_(0, flat_R, torch.ones_like(flat_R))[:num_experts].clone(), order_R
     if flat_R.numel():
         least, most = int(flat_R[order_R[0]]), int(flat_R[order_R[-1]])
-        if least < 0 or most >= num_experts:
+        if least < 0 or most > num_experts:
             wrong = least if least < 0 else most
             raise IndexError(f"moeify: expert {wrong} does not exist, there are {num_experts}")
-    return torch.bincount(flat_R, minlength=num_experts), order_R
+    return torch.bincount(flat_R, minlength=num_experts)[:num_experts].clone(), order_R
 
 
 def invert(order_R: Tensor) -> Tensor:
@@ -36,8 +37,13 @@ def invert(order_R: Tensor) -> Tensor:
 
 
 def combine(rows_RD: Tensor, order_R: Tensor, weights_TK: Tensor) -> Tensor:
-    """``y[t] = sum_k weights[t, k] * rows[row of slot t * K + k]``."""
+    """``y[t] = sum_k weights[t, k] * rows[row of slot t * K + k]``; rows at the end, of no expert, may be left out."""
     T, K = weights_TK.shape
+    used = rows_RD.shape[0]
+    if used < T * K:
+        order_R = order_R[:used]
+        weighted_RD = rows_RD * weights_TK.reshape(-1).index_select(0, order_R).unsqueeze(1)
+        return rows_RD.new_zeros(T, rows_RD.shape[1]).index_add_(0, order_R // K, weighted_RD)
     copies_TKD = rows_RD.index_select(0, invert(order_R)).view(T, K, rows_RD.shape[1])
     return torch.bmm(weights_TK.unsqueeze(1), copies_TKD).squeeze(1)
 

@@ -1,4 +1,6 @@
-"""``moe.jitter_like`` and ``moe.normal_like``: router noise, an operator so that a train switch can reach it."""
+"""Router noise: ``moe.jitter_like``, ``normal_like``, ``gumbel_like``, ``uniform_like``. Operators, so that a train
+switch can reach it.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +22,20 @@ def _normal_like(x: Tensor, train: bool) -> Tensor:
     return torch.randn_like(x, memory_format=torch.contiguous_format)
 
 
+def _gumbel_like(x: Tensor, train: bool) -> Tensor:
+    if not train:
+        return torch.zeros_like(x, memory_format=torch.contiguous_format)
+    # -log of an exponential variable; the smallest positive number keeps a draw of 0 finite.
+    drawn = torch.empty_like(x, memory_format=torch.contiguous_format).exponential_()
+    return drawn.clamp_min_(torch.finfo(x.dtype).tiny).log_().neg_()
+
+
+def _uniform_like(x: Tensor, train: bool) -> Tensor:
+    if not train:
+        return torch.zeros_like(x, memory_format=torch.contiguous_format)
+    return torch.empty_like(x, memory_format=torch.contiguous_format).uniform_()
+
+
 def _like(x: Tensor, *_: float | bool) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
@@ -28,3 +44,5 @@ _SEEDED = (torch.Tag.nondeterministic_seeded,)
 
 define("jitter_like(Tensor x, float eps, bool train) -> Tensor", _jitter_like, _like, tags=_SEEDED)
 define("normal_like(Tensor x, bool train) -> Tensor", _normal_like, _like, tags=_SEEDED)
+define("gumbel_like(Tensor x, bool train) -> Tensor", _gumbel_like, _like, tags=_SEEDED)
+define("uniform_like(Tensor x, bool train) -> Tensor", _uniform_like, _like, tags=_SEEDED)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import json
 import re
 import tomllib
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ METHOD_DEFAULT = "copy"
 ROUTER_DEFAULT = "softmax-topk"
 # For methods that split a block: its parts add up with weight 1 each, and softmax-topk's weights sum to 1.
 ROUTER_OF_SPLITS = "topk"
+TOKENS = 32768  # rows of a block after which methods that learn from data have read enough
 _SPLITS = re.compile(r"\s*(carve|split-)")
 
 
@@ -33,8 +35,13 @@ class BlockRecipe:
     shared: int = 0  # shared experts, always on
     shared_gate: bool = False  # gate the shared experts by sigmoid(w x)
     repair: bool = True  # of methods that split, where there are data: fit the down projections to the dense output
+    router_losses: tuple[str, ...] = ()  # what training adds to the model's loss, texts such as ``switch{weight=0.01}``
 
     def __post_init__(self) -> None:
+        if isinstance(self.router_losses, list):  # as a file has it
+            object.__setattr__(self, "router_losses", tuple(self.router_losses))
+        if not isinstance(self.router_losses, tuple) or not all(isinstance(one, str) for one in self.router_losses):
+            raise BadRecipe(f"router-losses is {self.router_losses!r}: it must be a list of texts")
         for name in ("experts", "top_k", "shared"):
             value, least = getattr(self, name), 0 if name == "shared" else 1
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
@@ -64,18 +71,20 @@ class Recipe(BlockRecipe):
 
     ``blocks`` is ``all``, ``every:N``, ``first:N``, ``last:N`` or a comma-separated list of globs over module paths.
     ``include`` names kinds of blocks that are left alone by default: ``sample`` (one row per example), ``channel``
-    (token-mixing).
+    (token-mixing). Methods that learn from data read them until a block has seen ``tokens`` rows.
     """
 
     blocks: str = "all"
     include: tuple[str, ...] = ()
     seed: int = 0
+    tokens: int = TOKENS
     overrides: tuple[tuple[str, Mapping[str, Any]], ...] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_type("blocks", self.blocks, str, "a text")
         _check_type("seed", self.seed, int, "a whole number")
+        _check_type("tokens", self.tokens, int, "a whole number")
         kinds = self.include if isinstance(self.include, (tuple, list)) else (None,)
         if not all(isinstance(kind, str) for kind in kinds):
             raise BadRecipe(f"include is {self.include!r}: it must be a list of texts")
@@ -99,7 +108,7 @@ class Recipe(BlockRecipe):
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON; ``Recipe.from_dict`` reads it back."""
         data = dataclasses.asdict(self)
-        data["include"] = list(self.include)
+        data["include"], data["router_losses"] = list(self.include), list(self.router_losses)
         data["overrides"] = [{"blocks": glob, **fields} for glob, fields in self.overrides]
         return data
 
@@ -121,13 +130,27 @@ class Recipe(BlockRecipe):
             data["include"] = tuple(data["include"])
         return cls(**data, overrides=tuple(split))
 
+    def to_toml(self) -> str:
+        """The text of a recipe file; ``Recipe.from_toml`` reads it back. What has its default value is left out."""
+        lines = [
+            f"{field.name} = {json.dumps(getattr(self, field.name), ensure_ascii=False)}"
+            for field in dataclasses.fields(self)
+            if field.name != "overrides" and getattr(self, field.name) != field.default
+        ]
+        for glob, fields in self.overrides:
+            lines += ["", "[[override]]", f"blocks = {json.dumps(glob, ensure_ascii=False)}"]
+            lines += [f"{name} = {json.dumps(value, ensure_ascii=False)}" for name, value in fields.items()]
+        return "\n".join(lines) + "\n"
+
     @classmethod
     def from_toml(cls, path: str | Path) -> Recipe:
-        """Read a recipe file: the fields at top level, ``[[override]]`` tables with ``blocks = "glob"``."""
+        """Read a recipe file: the fields at top level, ``[[override]]`` tables with ``blocks = "glob"``; a table
+        ``[train]`` is for ``moeify train``."""
         try:
             data = tomllib.loads(Path(path).read_text())
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
             raise UnreadableFile(f"cannot read the recipe {path}: {error}") from error
+        data.pop("train", None)  # how the model is trained then, which api.train_options reads
         return cls.from_dict({key.replace("-", "_"): value for key, value in data.items()})
 
 

@@ -63,6 +63,7 @@ class Report:
     tolerance: float = 1e-5
     max_relative_error: float | None = None  # the largest of the blocks' and the whole model's
     model_relative_error: float | None = None
+    model_error_on_fitted_data: bool = False  # that error is of a batch that split blocks were fitted to
     parameters_before: int = 0
     parameters_after: int = 0
     seconds: float = 0.0

@@ -23,7 +23,8 @@ _ALIKE = frozenset(
         _aten.full_like.default, _aten.ones_like.default, _aten.zeros_like.default, _aten.sum.default,
         _aten.ceil.default, _aten.lt.Tensor, _aten.sub.Tensor, _aten.cumsum.default, _aten.searchsorted.Tensor,
         _aten.scatter.src, _aten.squeeze.dim, _aten.unsqueeze.default, _aten._assert_tensor_metadata.default,
-        _moe.normal_like.default, _moe.jitter_like.default,
+        _aten.masked_fill.Scalar, _aten.logical_not.default, _aten.ge.Tensor, _aten.minimum.default,
+        _moe.normal_like.default, _moe.jitter_like.default, _moe.gumbel_like.default,
     }
 )  # fmt: skip
 _ENDS = frozenset({_moe.permute.default, _moe.unpermute.default, _moe.dispatch_ffn.default})

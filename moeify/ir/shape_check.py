@@ -47,7 +47,7 @@ def _refused(what: str) -> Refused:
 
 def _symbolic(mode: FakeTensorMode, spec: InputSpec, value: Tensor) -> Tensor:
     sizes = [DimDynamic.DYNAMIC if isinstance(size, str) else DimDynamic.STATIC for size in spec.shape]
-    context = StatelessSymbolicContext(dynamic_sizes=sizes)
+    context: StatelessSymbolicContext = StatelessSymbolicContext(dynamic_sizes=sizes)
     return mode.from_tensor(value, symbolic_context=context)
 
 

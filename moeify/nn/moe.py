@@ -14,7 +14,7 @@ import moeify.ir.ops  # noqa: F401  defines torch.ops.moeify
 from moeify.errors import UsageError
 from moeify.ir.activations import lookup
 from moeify.ir.ops_ffn import ffn
-from moeify.nn.routers.base import Router
+from moeify.nn.routers.router import Router
 
 ROLES = ("up", "gate", "down", "up_bias", "gate_bias", "down_bias")
 

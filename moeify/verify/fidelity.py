@@ -111,13 +111,14 @@ class Predictions:
 
 
 class ExpertLoad:
-    """How often each expert is chosen: the slots of a router that sends each of N tokens to K experts."""
+    """How often each expert is chosen: the slots of a router that sends each of N tokens to at most K experts."""
 
     def __init__(self, experts: int) -> None:
         self._slots_E = torch.zeros(experts, dtype=torch.float64)
 
     def add(self, experts_NK: Tensor) -> None:
-        self._slots_E += torch.bincount(experts_NK.flatten().cpu(), minlength=len(self._slots_E))
+        experts = len(self._slots_E)  # the number of no expert too, see ir.no_expert
+        self._slots_E += torch.bincount(experts_NK.flatten().cpu(), minlength=experts)[:experts]
 
     @property
     def share(self) -> list[float]:

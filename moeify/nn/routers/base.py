@@ -1,89 +1,61 @@
-"""What a router is: a module that gives each token its experts and their weights, and the options that build it.
-
-The module is the only definition. Module form uses it as it is; graph form inlines the ATen graph it traces to, so
-whatever a router does must export with a dynamic number of tokens and stay ordinary ATen ops (or ``moe.*`` ops with a
-train flag).
-"""
+"""The router of BASE layers: in training every expert gets its share of the tokens, by an optimal assignment."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from moeify.errors import BadOption
-from moeify.ir.block import Block
-from moeify.ir.weights import WeightRecipe
-from moeify.registry import render
-
-
-class Router(nn.Module):
-    """``forward(x_TD, token_ids_T=None) -> (experts_TK int64, weights_TK in x's dtype)``."""
-
-    num_experts: int
-    top_k: int
-
-    def reset(self, generator: torch.Generator, repeat: int = 1) -> None:
-        """Draw the initial values; consecutive groups of ``repeat`` experts get the same row."""
-        raise NotImplementedError(type(self).__name__)  # abstract: each one defines its own
+import moeify.ir.ops  # noqa: F401  (defines torch.ops.moeify)
+from moeify.nn.routers.choose import like
+from moeify.nn.routers.linear import LinearRouter
+from moeify.nn.routers.router import MixingSpec, Router
 
 
 @dataclass(frozen=True)
-class Units:
-    """The hidden units of the experts of a split: ``find()`` gives them, [num_experts, width], the unit that stands for
-    the expert first. It may take seconds, so it is called when a weight is computed and not before.
+class Base(MixingSpec):
+    """One expert per token, weighted by a sigmoid of its score; in training each gets the same number of tokens.
+
+    The assignment has the largest sum of scores; it is solved exactly and on the CPU, for some thousand tokens a call.
     """
 
-    num_experts: int
-    width: int
-    find: Callable[[], Tensor]
+    name: ClassVar[str] = "base"
+    mixes_tokens: ClassVar[str] = "in training"
 
+    init_std: float = 0.02
 
-@dataclass(frozen=True)
-class RouterSpec:
-    """A router's options, and what the compiler must know about it."""
-
-    name: ClassVar[str] = ""
-    mixes_tokens: ClassVar[bool] = False  # a token's experts depend on other tokens
-    needs_token_ids: ClassVar[bool] = False
-
-    def _check_at_least_zero(self, option: str, hint: str | None = None) -> None:
-        value = getattr(self, option)
-        if not 0 <= value < math.inf:
-            what = f"{self.name}.{option.replace('_', '-')} is {value}: it must be a finite number of at least 0"
-            raise BadOption(what, hint=hint)
+    def __post_init__(self) -> None:
+        self._check_at_least_zero("init_std")
 
     @property
     def gates_sum_to_one(self) -> bool:
-        """Whether the weights of every token sum to 1: what makes `copy` exact."""
-        raise NotImplementedError(type(self).__name__)  # abstract: each one defines its own
-
-    def gates_are_one(self, top_k: int) -> bool:
-        """Whether every chosen expert has the weight 1: what makes a split with all experts on exact."""
-        return self.gates_sum_to_one and top_k == 1
-
-    def for_block(self, block: Block) -> RouterSpec:
-        """The options with what they need of the block filled in: its activation, which biases it has. Raises Refused
-        for a block whose experts this router cannot choose."""
-        return self
-
-    def recipes(self, block: Block, units: Units | None, dtype: torch.dtype) -> list[WeightRecipe]:
-        """Parameters, named ``{anchor}.router.*``, that start from the block's own weights; ``reset`` draws the others.
-
-        ``units`` is None where experts are no parts of the block. Raises Refused or BadOption where the start cannot be
-        made.
-        """
-        return []
+        return False
 
     def build(
         self, d_model: int, num_experts: int, top_k: int, *, dtype: torch.dtype, vocabulary: int | None = None
     ) -> Router:
-        """An uninitialised router. Raises BadRecipe when the options do not fit (switch with top_k 2, ...)."""
-        raise NotImplementedError(type(self).__name__)  # abstract: each one defines its own
+        self._check_top_k(top_k, 1)
+        return BaseRouter(self, d_model, num_experts, dtype)
 
-    def __str__(self) -> str:
-        return render(self)
+
+class BaseRouter(LinearRouter):
+    """``a_t`` maximises ``sum_t x_t . w_{a_t}`` with ceil(T / E) tokens at most for each expert in training, and
+    ``x_t . w_{a_t}`` in evaluation; ``g = sigmoid(x . w_a)``. The w are the rows of ``weight`` [E, D], in float32 or
+    better.
+
+    Lewis et al., arXiv 2103.16716. The paper's experts have a residual branch inside, so that ``g FFN(h) + (1 - g) h``
+    is ``h + g f(h)``; here the branch is the model's own around the block.
+    """
+
+    def __init__(self, spec: Base, d_model: int, num_experts: int, dtype: torch.dtype) -> None:
+        super().__init__(d_model, num_experts, 1, spec.init_std, dtype, precise=True)
+
+    def forward(self, x_TD: Tensor, token_ids_T: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        logits_TE = self.logits(x_TD)
+        experts_T1 = torch.ops.moeify.balanced_assignment(logits_TE, self.training).unsqueeze(1)
+        sigmoid_TE = torch.sigmoid(logits_TE)
+        weights_T1 = like(sigmoid_TE.gather(1, experts_T1), x_TD)
+        self.observe(logits=logits_TE, probabilities=sigmoid_TE, experts=experts_T1, weights=weights_T1)
+        return experts_T1, weights_T1

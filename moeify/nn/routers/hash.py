@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moeify.errors import BadOption, BadRecipe, Refused
-from moeify.nn.routers.base import Router, RouterSpec
+from moeify.nn.routers.router import Router, RouterSpec
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,9 @@ class HashRouter(Router):
         if token_ids_T is None:
             raise Refused("the hash router needs token ids, and this call has none")
         experts_TK = self.table.index_select(0, token_ids_T)
-        return experts_TK, torch.full_like(experts_TK, 1.0 / self.top_k, dtype=x_TD.dtype)
+        weights_TK = torch.full_like(experts_TK, 1.0 / self.top_k, dtype=x_TD.dtype)
+        self.observe(experts=experts_TK, weights=weights_TK)
+        return experts_TK, weights_TK
 
 
 def _random(rows: int, experts: int, chosen: int, generator: torch.Generator) -> Tensor:

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moeify.nn.routers.base import Router, RouterSpec
 from moeify.nn.routers.choose import highest, like, repeated_normal, softmax
+from moeify.nn.routers.router import Router, RouterSpec
 
 
 @dataclass(frozen=True)
@@ -61,5 +61,12 @@ class NoisyTopKRouter(Router):
         clean_TE = F.linear(x_TD, self.weight)
         deviation_TE = F.softplus(F.linear(x_TD, self.noise_weight))
         noise_TE = torch.ops.moeify.normal_like(clean_TE, self.training)
-        values_TK, experts_TK = highest(clean_TE + noise_TE * deviation_TE, self.top_k)
-        return experts_TK, like(softmax(values_TK), x_TD)
+        logits_TE = clean_TE + noise_TE * deviation_TE
+        values_TK, experts_TK = highest(logits_TE, self.top_k)
+        weights_TK = like(softmax(values_TK), x_TD)
+        if self.observer is not None:
+            self.observe(
+                logits=logits_TE, probabilities=softmax(logits_TE), experts=experts_TK, weights=weights_TK,
+                clean=clean_TE, deviation=deviation_TE,
+            )  # fmt: skip
+        return experts_TK, weights_TK

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from moeify.nn.routers.base import Router, RouterSpec
-from moeify.nn.routers.choose import highest, like, repeated_normal, softmax
+from moeify.nn.routers.choose import like, scaled, softmax, softmax_of_highest
+from moeify.nn.routers.linear import LinearRouter
+from moeify.nn.routers.router import Router, RouterSpec
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class SoftmaxTopK(RouterSpec):
         return SoftmaxTopKRouter(self, d_model, num_experts, top_k, dtype)
 
 
-class SoftmaxTopKRouter(Router):
+class SoftmaxTopKRouter(LinearRouter):
     """``p = softmax(W x)``; ``S`` = top-k of p; ``g = p / sum over S of p``, or p; times ``scale``. W is ``weight`` [E,
     D].
 
@@ -49,23 +49,13 @@ class SoftmaxTopKRouter(Router):
     """
 
     def __init__(self, spec: SoftmaxTopK, d_model: int, num_experts: int, top_k: int, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.spec, self.num_experts, self.top_k = spec, num_experts, top_k
-        self.weight = nn.Parameter(torch.empty(num_experts, d_model, dtype=dtype))
-
-    def reset(self, generator: torch.Generator, repeat: int = 1) -> None:
-        shape = (self.num_experts, self.weight.shape[1])
-        with torch.no_grad():
-            self.weight.copy_(repeated_normal(shape, self.spec.init_std, generator, repeat, self.weight))
+        super().__init__(d_model, num_experts, top_k, spec.init_std, dtype)
+        self.spec = spec
 
     def forward(self, x_TD: Tensor, token_ids_T: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        logits_TE = F.linear(x_TD, self.weight)
-        if self.spec.renormalise:
-            # The softmax over the chosen logits is p / sum over S of p, without the division.
-            values_TK, experts_TK = highest(logits_TE, self.top_k)
-            weights_TK = softmax(values_TK)
-        else:
-            weights_TK, experts_TK = highest(softmax(logits_TE), self.top_k)
-        if self.spec.scale not in (0, 1):
-            weights_TK = weights_TK * self.spec.scale
-        return experts_TK, like(weights_TK, x_TD)
+        logits_TE = self.logits(x_TD)
+        experts_TK, weights_TK = softmax_of_highest(logits_TE, self.top_k, self.spec.renormalise)
+        weights_TK = like(scaled(weights_TK, self.spec.scale), x_TD)
+        if self.observer is not None:
+            self.observe(logits=logits_TE, probabilities=softmax(logits_TE), experts=experts_TK, weights=weights_TK)
+        return experts_TK, weights_TK

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -13,7 +12,8 @@ from torch import Tensor
 from moeify.errors import BadOption, Refused
 from moeify.ir.block import Block, WeightRef
 from moeify.ir.weights import WeightRecipe
-from moeify.nn.routers.base import Router, RouterSpec, Units
+from moeify.nn.routers.choose import highest
+from moeify.nn.routers.router import Router, RouterSpec, Units
 from moeify.nn.routers.topk_scores import LinearTopK, MlpTopK, NeuronTopK
 
 # By kind of score: how it may start, the usual one first.
@@ -53,15 +53,20 @@ class TopK(RouterSpec):
     def __post_init__(self) -> None:
         self._check_at_least_zero("init_std")
         if self.score not in STARTS:
-            raise BadOption(f"topk.score is {self.score!r}", hint=f"choose one of {', '.join(STARTS)}")
+            raise BadOption(f"{self.name}.score is {self.score!r}", hint=f"choose one of {', '.join(STARTS)}")
         if self.init not in ("auto", *STARTS[self.score]):
             raise BadOption(
-                f"topk.init is {self.init!r}, which a score of kind {self.score} cannot start from",
+                f"{self.name}.init is {self.init!r}, which a score of kind {self.score} cannot start from",
                 hint=f"choose one of {', '.join(STARTS[self.score])}",
             )
         for option in ("hidden", "representatives"):
             if getattr(self, option) < 1:
-                raise BadOption(f"topk.{option} is {getattr(self, option)}: it must be at least 1")
+                raise BadOption(f"{self.name}.{option} is {getattr(self, option)}: it must be at least 1")
+
+    def choose(self, scores_TE: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+        """``S`` = the k highest scores, the lower expert among equals; ``g = 1``."""
+        _, experts_TK = highest(scores_TE, top_k)
+        return experts_TK, torch.ones_like(experts_TK, dtype=scores_TE.dtype)
 
     @property
     def gates_sum_to_one(self) -> bool:
@@ -92,26 +97,25 @@ class TopK(RouterSpec):
             raise Refused(
                 "the neuron score computes hidden units in the router, and the block's activation has no name",
                 where=block.path,
-                hint="use --router topk{score=linear}",
+                hint=f"use --router {self.name}{{score=linear}}",
             )
-        options = {field.name: getattr(self, field.name) for field in dataclasses.fields(TopK)}
-        roles = tuple(role for role in block.weights if not role.startswith("down"))
-        return _OfBlock(**options, activation=block.activation, roles=roles)
+        return _OfBlock(self, block.activation, tuple(role for role in block.weights if not role.startswith("down")))
 
     def recipes(self, block: Block, units: Units | None, dtype: torch.dtype) -> list[WeightRecipe]:
         if self.start not in ("centroid", "analytic"):
             return []
         if units is None:
             raise Refused(
-                f"the {self.start} start of topk needs experts that are parts of the dense block",
+                f"the {self.start} start of {self.name} needs experts that are parts of the dense block",
                 where=block.path,
-                hint="use a method that splits it, or another router: its experts are whole, and topk's weights are 1",
+                hint="use a method that splits it, or another router: its experts are whole, and "
+                f"{self.name}'s weights are 1",
             )
         if self.start == "centroid":
             return [_centroid(block, units, dtype)]
         if self.representatives > units.width:
             raise BadOption(
-                f"topk.representatives is {self.representatives}, and an expert has {units.width} hidden units",
+                f"{self.name}.representatives is {self.representatives}, and an expert has {units.width} hidden units",
                 where=block.path,
             )
         roles = [(role, ref) for role, ref in block.weights.items() if not role.startswith("down")]
@@ -124,21 +128,38 @@ class TopK(RouterSpec):
             raise Refused("the neuron score computes hidden units of a block, and no block is given")
         std = self.init_std if self.start == "normal" else 0.0
         if self.score == "linear":
-            return LinearTopK(d_model, num_experts, top_k, std, dtype)
-        return MlpTopK(d_model, self.hidden, num_experts, top_k, std, dtype)
+            return LinearTopK(self.choose, d_model, num_experts, top_k, std, dtype)
+        return MlpTopK(self.choose, d_model, self.hidden, num_experts, top_k, std, dtype)
 
 
 @dataclass(frozen=True)
-class _OfBlock(TopK):
+class _OfBlock(RouterSpec):
     """The options with what the neuron score needs of its block; ``roles`` are those of ``Block.weights``."""
 
-    activation: str = ""
-    roles: tuple[str, ...] = ()
+    spec: TopK
+    activation: str
+    roles: tuple[str, ...]
+
+    @property
+    def fit_with_data(self) -> str | None:
+        return self.spec.fit_with_data
+
+    def recipes(self, block: Block, units: Units | None, dtype: torch.dtype) -> list[WeightRecipe]:
+        return self.spec.recipes(block, units, dtype)
 
     def build(
         self, d_model: int, num_experts: int, top_k: int, *, dtype: torch.dtype, vocabulary: int | None = None
     ) -> Router:
-        return NeuronTopK(self.activation, self.roles, self.representatives, d_model, num_experts, top_k, dtype)
+        return NeuronTopK(
+            self.spec.choose,
+            self.activation,
+            self.roles,
+            self.spec.representatives,
+            d_model,
+            num_experts,
+            top_k,
+            dtype,
+        )
 
 
 def _centroid(block: Block, units: Units, dtype: torch.dtype) -> WeightRecipe:

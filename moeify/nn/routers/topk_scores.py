@@ -1,40 +1,48 @@
-"""The modules of the topk router, one for each kind of score."""
+"""The modules of the topk and dynamic-k routers, one for each kind of score."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moeify.ir.activations import lookup
-from moeify.nn.routers.base import Router
-from moeify.nn.routers.choose import highest, repeated_normal
+from moeify.nn.routers.choose import like, repeated_normal, softmax
+from moeify.nn.routers.router import Router
+
+Choice = Callable[[Tensor, int], tuple[Tensor, Tensor]]  # scores [T, E], k -> experts [T, K], weights [T, K]
 
 
 class TopKRouter(Router):
-    """``S`` = the k highest of ``scores(x)``, the lower expert among equals; ``g = 1``."""
+    """``choice`` among ``scores(x)``."""
 
-    def __init__(self, num_experts: int, top_k: int) -> None:
+    def __init__(self, choice: Choice, num_experts: int, top_k: int) -> None:
         super().__init__()
-        self.num_experts, self.top_k = num_experts, top_k
+        self.choice, self.num_experts, self.top_k = choice, num_experts, top_k
 
     def scores(self, x_TD: Tensor) -> Tensor:
         """[T, E]."""
         raise NotImplementedError(type(self).__name__)  # abstract: each one defines its own
 
     def forward(self, x_TD: Tensor, token_ids_T: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        _, experts_TK = highest(self.scores(x_TD), self.top_k)
-        return experts_TK, torch.ones_like(experts_TK, dtype=x_TD.dtype)
+        scores_TE = self.scores(x_TD)
+        experts_TK, weights_TK = self.choice(scores_TE, self.top_k)
+        weights_TK = like(weights_TK, x_TD)
+        if self.observer is not None:
+            self.observe(logits=scores_TE, probabilities=softmax(scores_TE), experts=experts_TK, weights=weights_TK)
+        return experts_TK, weights_TK
 
 
 class LinearTopK(TopKRouter):
     """``W x + b``: ``weight`` [E, D], ``bias`` [E], which starts at zero."""
 
-    def __init__(self, d_model: int, num_experts: int, top_k: int, std: float, dtype: torch.dtype) -> None:
-        super().__init__(num_experts, top_k)
+    def __init__(
+        self, choice: Choice, d_model: int, num_experts: int, top_k: int, std: float, dtype: torch.dtype
+    ) -> None:
+        super().__init__(choice, num_experts, top_k)
         self.std = std
         self.weight = nn.Parameter(torch.empty(num_experts, d_model, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(num_experts, dtype=dtype))
@@ -55,8 +63,10 @@ class MlpTopK(TopKRouter):
     The first layer starts as torch.nn.Linear does, uniform in +-1/sqrt(D); the biases start at zero.
     """
 
-    def __init__(self, d_model: int, hidden: int, num_experts: int, top_k: int, std: float, dtype: torch.dtype) -> None:
-        super().__init__(num_experts, top_k)
+    def __init__(
+        self, choice: Choice, d_model: int, hidden: int, num_experts: int, top_k: int, std: float, dtype: torch.dtype
+    ) -> None:
+        super().__init__(choice, num_experts, top_k)
         self.std = std
         self.up = nn.Parameter(torch.empty(hidden, d_model, dtype=dtype))
         self.up_bias = nn.Parameter(torch.empty(hidden, dtype=dtype))
@@ -86,6 +96,7 @@ class NeuronTopK(TopKRouter):
 
     def __init__(
         self,
+        choice: Choice,
         activation: str,
         roles: Sequence[str],
         representatives: int,
@@ -94,7 +105,7 @@ class NeuronTopK(TopKRouter):
         top_k: int,
         dtype: torch.dtype,
     ) -> None:
-        super().__init__(num_experts, top_k)
+        super().__init__(choice, num_experts, top_k)
         self.activation = activation
         self.representatives = representatives
         for role in ("up", "gate", "up_bias", "gate_bias"):

@@ -1,0 +1,58 @@
+"""What ``moeify tune`` is asked for."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from moeify.errors import BadOption, UsageError
+from moeify.ir.recipe import TOKENS
+from moeify.tuning.choices import PARTS
+
+TEST_TOKENS = 4096
+TIME_TOKENS = 128
+TRIES = 4
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What is asked for, and how much is spent on it. Exactly one of ``keep`` and ``speedup`` is given.
+
+    ``keep`` is a share in (0, 1] of what ``tune_report.kept`` measures, ``speedup`` the dense model's time over the
+    converted one's for ``time_tokens`` tokens. ``parts`` is the largest number of parts of a block, ``tries`` that of
+    conversions until the goal is met; ``points`` more are made for the picture that they give of the frontier. ``test``
+    is data like ``data``; ``time`` False leaves ONNX Runtime out.
+    """
+
+    keep: float | None = None
+    speedup: float | None = None
+    time_tokens: int = TIME_TOKENS
+    threads: int | None = None
+    time: bool = True
+    parts: int = PARTS
+    tries: int = TRIES
+    fit_tokens: int = TOKENS
+    test_tokens: int = TEST_TOKENS
+    classes: bool = False
+    test: Any = None
+    points: int = 0
+
+    def check(self) -> None:
+        """Raises UsageError for both or neither, BadOption for numbers that make no sense."""
+        if (self.keep is None) == (self.speedup is None):
+            raise UsageError(
+                "say what to tune for: a quality or a speed" if self.keep is None else "give keep or speedup, not both",
+                hint="--keep 0.99, or --speedup 1.3",
+            )
+        if self.keep is not None and not 0 < self.keep <= 1:
+            raise BadOption(f"keep is {self.keep:g}: it must be above 0 and at most 1", hint="0.99 keeps 99 %")
+        if self.speedup is not None and not 1 < self.speedup < math.inf:
+            raise BadOption(f"speedup is {self.speedup:g}: it must be above 1", hint="1.3 is three tenths faster")
+        for name in ("time_tokens", "tries", "fit_tokens", "test_tokens"):
+            if getattr(self, name) < 1:
+                raise BadOption(f"{name.replace('_', '-')} is {getattr(self, name)}: it must be at least 1")
+        if self.points < 0:
+            raise BadOption(f"points is {self.points}: it must be at least 0")
+        if self.parts < 3:
+            raise BadOption(f"parts is {self.parts}: it must be at least 3, or no part could be left out")

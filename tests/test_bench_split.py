@@ -1,0 +1,48 @@
+"""The benchmarks of splits: what is fitted to is not what is tested, and a bar is met or missed."""
+
+from __future__ import annotations
+
+import json
+
+from bench import split_data
+from bench.split_report import Bar, finish
+from bench.split_smollm2 import PARTS, RECIPES
+
+
+def test_prompts_of_the_two_parts_share_nothing() -> None:
+    for templates in (split_data._ATTACKS, split_data._QUESTIONS):
+        assert set(templates["fit"]).isdisjoint(templates["test"])
+        words = [{" ".join(text.split()[:2]) for text in templates[part]} for part in ("fit", "test")]
+        assert words[0].isdisjoint(words[1])
+
+
+def test_words_that_are_fitted_to_are_in_no_test(monkeypatch) -> None:
+    monkeypatch.setattr(split_data, "word_pairs", lambda: {"one": [("Tiger", "cat", 7.0)]})
+    monkeypatch.setattr(split_data, "novel", lambda name: "The tiger and the cat had seen a house with many old doors.")
+    words = split_data.fit_words(4)
+    assert len(words) == 4
+    assert [len(text.split()) for text in words] == [1, 1, 2, 2]
+    assert {"tiger", "cat"}.isdisjoint(" ".join(words).split())
+
+
+def test_recipes_have_the_share_that_they_are_named_after() -> None:
+    for (name, share), recipe in RECIPES.items():
+        active, parts = map(int, share.split("/"))
+        blocks = [recipe.for_block(f"model.layers.{i}.mlp") for i in range(30)]
+        split = [f"model.layers.{i}.mlp" in recipe.blocks.split(",") or recipe.blocks == "all" for i in range(30)]
+        assert {b.experts + b.shared for b in blocks} == {8 if name == "cmoe" else PARTS} or name == "allocated"
+        on = [(b.shared + b.top_k) / (b.shared + b.experts) if taken else 1.0 for b, taken in zip(blocks, split)]
+        assert abs(sum(on) / 30 - active / parts) < 0.005
+
+
+def test_a_bar_that_is_missed_is_said(capsys) -> None:
+    rows = [{"model": "a", "ratio": 1.2}, {"model": "b", "other": 3}]
+    bars = [Bar("ratio", 1.2, 1.15), Bar("speed", 1.9, 1.8, at_least=True)]
+    assert finish("title", rows, bars, seconds=1.0, as_json=False) == 1
+    out = capsys.readouterr().out
+    assert "ratio: 1.2 (bar: at most 1.15): MISSED" in out
+    assert "speed: 1.9 (bar: at least 1.8): met" in out
+    assert finish("title", rows, bars[1:], seconds=1.0, as_json=True) == 0
+    assert json.loads(capsys.readouterr().out)["bars"] == [
+        {"what": "speed", "figure": 1.9, "bar": 1.8, "at_least": True, "met": True}
+    ]
