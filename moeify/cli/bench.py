@@ -35,15 +35,17 @@ def bench(
     """Time FILE and its dense twin side by side: PyTorch, ONNX Runtime by every lowering that fits, and TVM."""
     counts = _counts(tokens)
     if plot is not None:
-        from moeify.cli import chart
+        from moeify.cli import plots
 
-        chart.check(plot)  # before minutes of measuring
+        plots.check(plot)  # before minutes of measuring
     from moeify.api.bench import bench_files
     from moeify.cli.progress import Bars
 
     with only_json(as_json), Bars() as bars:
         made = bench_files(files, tokens=counts, threads=threads, rounds=rounds, progress=bars)
     if plot is not None:
+        from moeify.cli import chart
+
         chart.draw(made.rows, plot)
     if as_json:
         write_json({**made.to_dict(), "plot": str(plot) if plot else None})

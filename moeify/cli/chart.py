@@ -2,32 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moeify.errors import BadOption, OutputNotWritten, RuntimeUnavailable
+from moeify.cli.plots import save
 
 if TYPE_CHECKING:
     from moeify.api.bench import Row
 
-_KINDS = (".png", ".svg")
 _STYLE = {"torch": "--", "onnxruntime": "-", "tvm": "-."}
-
-
-def check(path: Path) -> None:
-    """Whether a plot can be written there. Raises BadOption, OutputNotWritten, RuntimeUnavailable."""
-    if path.suffix not in _KINDS:
-        raise BadOption(
-            f"cannot draw {path}: it does not end in .png or .svg", hint=f"write {path.with_suffix('.png')}"
-        )
-    if not path.absolute().parent.is_dir():
-        raise OutputNotWritten(f"cannot write {path}: the folder {path.parent} does not exist")
-    if importlib.util.find_spec("matplotlib") is None:
-        raise RuntimeUnavailable("--plot needs matplotlib, which is not installed", hint="pip install matplotlib")
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
@@ -58,12 +42,4 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         axes.set_xlabel("tokens")
         axes.set_ylabel("time / dense, same runtime" if over_dense else "time / floor")
         axes.legend()
-    part = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
-    try:
-        figure.savefig(part, dpi=150)
-        part.replace(path)
-    except OSError as error:
-        raise OutputNotWritten(f"cannot write {path}: {(error.strerror or str(error)).lower()}") from error
-    finally:
-        with suppress(OSError):
-            part.unlink(missing_ok=True)
+    save(figure, path)

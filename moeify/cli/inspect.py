@@ -116,9 +116,9 @@ def _routing(
     from moeify.data.examples import Options
 
     if plot is not None:
-        from moeify.cli import chart
+        from moeify.cli import plots
 
-        chart.check(plot)
+        plots.check(plot)
     with only_json(as_json):
         found = routing_file(Path(file), data, options=Options(tokenizer, sequence), tokens=tokens)
     if plot is not None:

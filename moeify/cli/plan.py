@@ -92,9 +92,9 @@ def plan(
         blocks=blocks,
     )
     if plot is not None:
-        from moeify.cli import chart
+        from moeify.cli import plots
 
-        chart.check(plot)
+        plots.check(plot)
     from moeify.api import plan as planning
     from moeify.cli.progress import Bars
 

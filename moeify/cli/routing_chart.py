@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import os
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moeify.errors import OutputNotWritten
+from moeify.cli.plots import save
 
 if TYPE_CHECKING:
     from moeify.training.routing_report import RoutingReport
 
 
 def draw(report: RoutingReport, path: Path) -> None:
-    """Write the plot whole or not at all; ``chart.check`` has looked at the path. Raises OutputNotWritten."""
+    """Write the plot whole or not at all; ``plots.check`` has looked at the path. Raises OutputNotWritten."""
     from matplotlib.figure import Figure  # without pyplot: no display and no state
 
     count = len(report.blocks)
@@ -34,12 +32,4 @@ def draw(report: RoutingReport, path: Path) -> None:
         axes.set_yticks(range(count), [block.path or "(the model)" for block in report.blocks], fontsize=7)
     left.set_xlabel("expert")
     right.set_xlabel("block")
-    part = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
-    try:
-        figure.savefig(part, dpi=150)
-        part.replace(path)
-    except OSError as error:
-        raise OutputNotWritten(f"cannot write {path}: {(error.strerror or str(error)).lower()}") from error
-    finally:
-        with suppress(OSError):
-            part.unlink(missing_ok=True)
+    save(figure, path)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moeify.errors import OutputNotWritten
+from moeify.cli.plots import save
 
 if TYPE_CHECKING:
     from moeify.distributed.plan import Plan
@@ -16,7 +14,7 @@ _EXCHANGES = ("flat", "hierarchical", "deduplicated")
 
 
 def draw(plan: Plan, path: Path) -> None:
-    """Write the plot whole or not at all; ``chart.check`` has looked at the path. Raises OutputNotWritten."""
+    """Write the plot whole or not at all; ``plots.check`` has looked at the path. Raises OutputNotWritten."""
     from matplotlib.figure import Figure  # without pyplot: no display and no state
 
     ranks = [point.ranks for point in plan.scaling]
@@ -37,15 +35,7 @@ def draw(plan: Plan, path: Path) -> None:
         axes.set_xlabel("ranks")
     source = plan.scaling[0].efficiency.source
     figure.suptitle(f"{Path(plan.model).name}: simulated routing, modelled times, {source} figures")
-    part = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
-    try:
-        figure.savefig(part, dpi=150)
-        part.replace(path)
-    except OSError as error:
-        raise OutputNotWritten(f"cannot write {path}: {(error.strerror or str(error)).lower()}") from error
-    finally:
-        with suppress(OSError):
-            part.unlink(missing_ok=True)
+    save(figure, path)
 
 
 def _exchanges(plan: Plan) -> dict[tuple[float, ...], list[str]]:

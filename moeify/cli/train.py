@@ -126,12 +126,12 @@ def train(
     }  # fmt: skip
     from moeify.api.train import train_file
     from moeify.api.train_options import TrainOptions, read_table
-    from moeify.cli import chart, train_chart, train_summary
+    from moeify.cli import plots, train_chart, train_summary
 
     flags = {name: str(v) if isinstance(v, Path) else v for name, v in given.items() if v is not None}
     told = TrainOptions(**{**(read_table(recipe) if recipe is not None else {}), **flags})
     if plot is not None:
-        chart.check(plot)
+        plots.check(plot)
     target = output or default_output(str(model), "trained.pt2")
     with only_json(as_json), train_summary.Watch(told.steps, quiet=as_json) as watch:
         report = train_file(

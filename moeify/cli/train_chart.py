@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import os
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moeify.errors import OutputNotWritten
+from moeify.cli.plots import save
 
 if TYPE_CHECKING:
     from moeify.api.train_report import TrainReport
 
 
 def draw(report: TrainReport, path: Path) -> None:
-    """Write the plot whole or not at all; ``chart.check`` has looked at the path. Raises OutputNotWritten."""
+    """Write the plot whole or not at all; ``plots.check`` has looked at the path. Raises OutputNotWritten."""
     from matplotlib.figure import Figure  # without pyplot: no display and no state
 
     run = report.run
@@ -45,12 +43,4 @@ def draw(report: TrainReport, path: Path) -> None:
     for axes in (losses, *more):
         axes.set_xlabel("steps")
     figure.suptitle(Path(report.model).name)
-    part = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
-    try:
-        figure.savefig(part, dpi=100)
-        part.replace(path)
-    except OSError as error:
-        raise OutputNotWritten(f"cannot write {path}: {(error.strerror or str(error)).lower()}") from error
-    finally:
-        with suppress(OSError):
-            part.unlink(missing_ok=True)
+    save(figure, path, dpi=100)

@@ -78,12 +78,12 @@ def tune(
     mean, std = flags.numbers("--image-mean", image_mean), flags.numbers("--image-std", image_std)
     from moeify.api.tune import tune_file
     from moeify.api.tune_goal import Goal
-    from moeify.cli import chart, frontier_chart, tune_summary
+    from moeify.cli import frontier_chart, plots, tune_summary
     from moeify.cli.progress import Bars
     from moeify.data.examples import Options
 
     if plot is not None:
-        chart.check(plot)
+        plots.check(plot)
     goal = Goal(
         keep, speedup, tokens, threads, take_time, parts, tries, fit_tokens, test_tokens, classes,
         str(test) if test else None, points,

@@ -6,13 +6,21 @@ Rows are what is compared: tokens of a block, positions of a text, examples. Non
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from moeify.ir.difference import wide
 
-_ROWS = 256  # of scores, which may be as wide as a vocabulary, that are widened at a time
+_VALUES = 1 << 23  # that are widened at a time: rows may be as wide as a vocabulary
+
+
+def _parts(rows: Tensor) -> Iterator[slice]:
+    """Rows that are taken together."""
+    step = max(1, _VALUES // max(1, rows[:1].numel()))
+    for start in range(0, len(rows), step):
+        yield slice(start, start + step)
 
 
 class RowErrors:
@@ -23,13 +31,14 @@ class RowErrors:
         self._wrong = self._right = self._cosines = 0.0
 
     def add(self, value_ND: Tensor, reference_ND: Tensor) -> None:
-        value, reference = wide(value_ND), wide(reference_ND)
-        self.rows += len(reference)
-        self._wrong += float((value - reference).square().sum())
-        self._right += float(reference.square().sum())
-        product, sizes = (value * reference).sum(1), value.norm(dim=1) * reference.norm(dim=1)
-        alike = (value == reference).all(1)  # rows of zeros have no direction
-        self._cosines += float(torch.where(alike, 1.0, torch.where(sizes == 0, 0.0, product / sizes)).sum())
+        self.rows += len(reference_ND)
+        for part in _parts(reference_ND):
+            value, reference = wide(value_ND[part]), wide(reference_ND[part])
+            self._wrong += float((value - reference).square().sum())
+            self._right += float(reference.square().sum())
+            product, sizes = (value * reference).sum(1), value.norm(dim=1) * reference.norm(dim=1)
+            alike = (value == reference).all(1)  # rows of zeros have no direction
+            self._cosines += float(torch.where(alike, 1.0, torch.where(sizes == 0, 0.0, product / sizes)).sum())
 
     @property
     def rms_error(self) -> float:
@@ -52,13 +61,14 @@ class LargestError:
         self._alike = True  # in what is finite, and in the rest
 
     def add(self, value: Tensor, reference: Tensor) -> None:
-        a, b = wide(value), wide(reference)
-        finite = b.isfinite()
-        rest = torch.equal(a[~finite].nan_to_num(), b[~finite].nan_to_num())
-        self._alike = self._alike and torch.equal(a.isfinite(), finite) and rest
-        if self._alike and finite.any():
-            self._difference = max(self._difference, float((a - b)[finite].abs().max()))
-            self._scale = max(self._scale, float(b[finite].abs().max()))
+        for part in _parts(reference):
+            a, b = wide(value[part]), wide(reference[part])
+            finite = b.isfinite()
+            rest = torch.equal(a[~finite].nan_to_num(), b[~finite].nan_to_num())
+            self._alike = self._alike and torch.equal(a.isfinite(), finite) and rest
+            if self._alike and finite.any():
+                self._difference = max(self._difference, float((a - b)[finite].abs().max()))
+                self._scale = max(self._scale, float(b[finite].abs().max()))
 
     @property
     def relative(self) -> float:
@@ -81,8 +91,7 @@ class Predictions:
         """``targets_N`` are the classes that were right, where they are known."""
         self.rows += len(dense_NC)
         self._targets += 0 if targets_N is None else len(targets_N)
-        for start in range(0, len(dense_NC), _ROWS):
-            part = slice(start, start + _ROWS)
+        for part in _parts(dense_NC):
             dense, scores = (wide(logits[part]).log_softmax(1) for logits in (dense_NC, scores_NC))
             terms = dense.exp() * (dense - scores)
             self._divergence += float(terms.where(dense != -math.inf, 0.0).sum())
