@@ -1,6 +1,6 @@
 """``python -m tests.native [CASES]``: the native kernels under sanitizers, on random cases (``fuzz.cc``).
 
-Without a C++ compiler nothing is tested, which is said and is no failure.
+What there is no C++ compiler for, or no library of a sanitizer, is not tested, which is said and is no failure.
 """
 
 from __future__ import annotations
@@ -9,9 +9,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
-from moeify.backends.onnxruntime.kernel_compile import COMPILERS, find_compiler, link, sources
+from moeify.backends.onnxruntime.kernel_compile import COMPILERS, CompileFailed, find_compiler, link, sources
 
 CASES = "150"
 # Name, flags. The sanitizers of addresses and of threads exclude each other.
@@ -20,7 +21,7 @@ BUILDS = {
     "threads": ("-O1", "-g", "-fsanitize=thread"),
     "as released": ("-O3",),
 }
-WARNINGS = ("-Wall", "-Wextra", "-Werror")
+WARNINGS = ("-Wall", "-Wextra")
 
 
 def main() -> int:
@@ -33,6 +34,9 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="moeify-native-") as folder:
         for name, flags in BUILDS.items():
             program = Path(folder, "fuzz")
+            if not _links(compiler, flags, Path(folder)):
+                print(f"{name}: skipped, {compiler} does not link with {' '.join(flags)}", flush=True)
+                continue
             start = time.perf_counter()
             link(compiler, [*files, Path(__file__).with_name("fuzz.cc")], program, [*WARNINGS, *flags], ["-pthread"])
             built = time.perf_counter()
@@ -42,6 +46,17 @@ def main() -> int:
             if done.returncode:
                 return 1
     return 0
+
+
+def _links(compiler: str, flags: Sequence[str], folder: Path) -> bool:
+    """Whether anything does."""
+    empty = folder / "empty.cc"
+    empty.write_text("int main() {}\n")
+    try:
+        link(compiler, [empty], folder / "empty", flags, ["-pthread"])
+    except CompileFailed:
+        return False
+    return True
 
 
 if __name__ == "__main__":
