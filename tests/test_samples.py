@@ -21,7 +21,7 @@ EXPECT = {
         "0.5448  The cat sleeps",
         "imported here: no torch, no transformers, no moeify",
     ],
-    "prompt_guard.py": ["relu2, 16 experts of 512", "8 of 8 verdicts right and unchanged", "ONNX Runtime, split"],
+    "prompt_guard.py": ["relu2, 16 experts of 512", "8 of 8 verdicts right and unchanged", "verdicts move by"],
     "smollm2.py": ["LlamaForCausalLM: 30 blocks found, 15 converted", "generation unchanged"],
     "vit.py": ["left dense, not selected by the recipe", "five training steps"],
     "lstm.py": ["relu, 8 experts", "20 training steps"],
