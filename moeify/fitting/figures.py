@@ -12,6 +12,7 @@ from torch import Tensor
 from moeify.fitting.mixture import Mixture
 from moeify.fitting.routers import largest
 from moeify.nn.routers.router import Router
+from moeify.verify.fidelity import ExpertLoad
 
 ROWS = 1024  # of hidden values at a time
 
@@ -72,16 +73,12 @@ def rms_error(mixture: Mixture, router: Router, x_ND: Tensor, whole: Callable[[T
 
 
 def routing_of(mixture: Mixture, router: Router, x_ND: Tensor) -> Routing:
-    load_E = torch.zeros(mixture.experts, dtype=torch.float64)
-    agreed = 0.0
+    load = ExpertLoad(mixture.experts)
+    agreed = slots = 0.0
     for x in x_ND.split(ROWS):
         experts_NK = router(x)[0]
         chosen_NE = _by_expert(experts_NK, torch.ones_like(experts_NK, dtype=x.dtype), mixture.experts)
         agreed += float((chosen_NE * largest(mixture.sizes(mixture.hidden(x)), router.top_k)).sum())
-        load_E += chosen_NE.sum(0).cpu()
-    share_E = load_E / load_E.sum()
-    return Routing(
-        agreement=agreed / float(load_E.sum()),
-        load_cv=float(load_E.std(correction=0) / load_E.mean()),
-        load_entropy=-float(torch.special.xlogy(share_E, share_E).sum()) / math.log(mixture.experts),
-    )
+        slots += float(chosen_NE.sum())
+        load.add(experts_NK)
+    return Routing(agreement=agreed / slots, load_cv=load.variation, load_entropy=load.entropy)
