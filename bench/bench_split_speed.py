@@ -105,17 +105,14 @@ def block_rows(case: Case) -> Tensor:
 
 def timed(model: nn.Module, inputs: list[str], data: Any, recipe: Recipe, threads: int) -> list[dict[str, Any]]:
     """A row for each number of tokens: milliseconds of the dense model, and how much faster each lowering is."""
-    dense = frontend.capture(model, inputs)
-    models = {cost.DENSE: candidates.dense(dense)}
-    program = frontend.capture(model, inputs)
-    program.recipe = recipe
-    rewrite(program, UserData(data), type(model).__name__, Silent(), Dumps())
+    models = {cost.DENSE: candidates.dense(frontend.capture(model, inputs))}
+    program = converted(model, inputs, data, recipe)
     models |= candidates.lowered(program)[0]
     found = []
     with measure.Sessions(threads) as sessions:
         runner = candidates.Runner(models, sessions)
         for tokens in TOKENS:
-            one = batch(program, tokens, _rows(program)).inputs
+            one = batch(program, tokens, tokens_of_example(program)).inputs
             calls = {name: lambda name=name, one=one: runner.call(name, one) for name in models}
             taken = measure.interleaved(calls)
             faster = {name: measure.ratio(taken, cost.DENSE, name) for name in models if name != cost.DENSE}
@@ -130,8 +127,15 @@ def timed(model: nn.Module, inputs: list[str], data: Any, recipe: Recipe, thread
     return found
 
 
-def _rows(program: Program) -> int:
-    """Tokens of the example."""
+def converted(model: nn.Module, inputs: list[str], data: Any, recipe: Recipe) -> Program:
+    """A captured copy of the model, split."""
+    program = frontend.capture(model, inputs)
+    program.recipe = recipe
+    rewrite(program, UserData(data), type(model).__name__, Silent(), Dumps())
+    return program
+
+
+def tokens_of_example(program: Program) -> int:
     shape = program.example[0].shape
     return int(shape[0] * shape[1])
 

@@ -36,6 +36,10 @@ The first columns are `moeify routers --table`, with default options. The last o
 `python -m bench.router_table`, which writes this page: exported, run in the runtime and compared with the program, and
 the experts spread over two ranks.
 
+Two gates of the literature are no routers and are refused by name, with the reason: `attentive` (Krishnamurthy et al.,
+arXiv 2302.14703) weighs experts by their hidden values, so all of them must run first; `moeify.nn.attentive` has it for
+layers of your own. `soft-moe` (Puigcerver et al., arXiv 2308.00951) gives experts weighted means of tokens.
+
 """
 
 

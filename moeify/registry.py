@@ -14,21 +14,27 @@ import typing
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from moeify.errors import BadOption, UnknownName
+from moeify.errors import BadOption, UnknownName, UsageError
 
 
 @dataclasses.dataclass(frozen=True)
 class Registry:
-    """A table ``name -> "module:Class"``."""
+    """A table ``name -> "module:Class"``, and of methods that people may ask for and that do not fit, ``name -> (why,
+    what to do instead)``.
+    """
 
     kind: str
     table: Mapping[str, str]
+    absent: Mapping[str, tuple[str, str]] = dataclasses.field(default_factory=dict)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.table)
 
     def cls(self, name: str) -> type:
-        """The class of that name. Raises UnknownName."""
+        """The class of that name. Raises UnknownName, or UsageError where it is known why there is none."""
+        if name in self.absent:
+            why, hint = self.absent[name]
+            raise UsageError(f"there is no {self.kind} {name!r}: {why}", hint=hint)
         if name not in self.table:
             raise UnknownName(self.kind, name, self.table)
         module, _, attribute = self.table[name].partition(":")

@@ -69,6 +69,9 @@ def run(
     expert_ranks: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Ranks that share the experts.  [all]")
     ] = None,
+    device: Annotated[
+        str, typer.Option(metavar="NAME", help="cpu (gloo), or cuda: a GPU to each rank of a machine (NCCL).")
+    ] = "cpu",
     timeout: Annotated[float, typer.Option(min=1.0, metavar="S", help="Seconds that an exchange may take.")] = 300.0,
     as_json: options.Json = False,
     debug: options.Debug = False,
@@ -106,19 +109,19 @@ def run(
         return code
 
     with only_json(as_json):
-        code = record(_on_ranks)(work, expert_ranks, timeout)
+        code = record(_on_ranks)(work, expert_ranks, timeout, device)
     if answer:
         write_json(answer)
     if code:
         raise SystemExit(code)  # typer.Exit(130) would be taken for a Ctrl-C that ended the command at once
 
 
-def _on_ranks(work: Callable[[Ranks], int], expert_ranks: int | None, seconds: float) -> int:
+def _on_ranks(work: Callable[[Ranks], int], expert_ranks: int | None, seconds: float, device: str) -> int:
     """``work`` as one of the ranks; where it fails, the others hear why."""
     from moeify.distributed import runner_group
     from moeify.distributed.lost import telling
 
-    ranks = runner_group.start(expert_ranks, seconds)
+    ranks = runner_group.start(expert_ranks, seconds, device)
     code = None
     try:
         with telling(ranks.groups.board, ranks.rank):
@@ -169,7 +172,9 @@ def _task(
     module = bind(program, ranks.groups, options=f"mode={mode}")
     module.moeify_report = report  # type: ignore[assignment]
     observe_if_asked(module)
-    if own is None and found is not None and language.is_causal(module, program, found):
+    causal = own is None and found is not None and language.is_causal(module, program, found)  # on the CPU's examples
+    module.to(ranks.device)
+    if causal and found is not None:
         return _Task(module, examples, found.loss, found.ids, fixed is not None, masks)
     return _Task(module, examples, own, None, fixed is not None, masks)
 

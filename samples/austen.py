@@ -16,11 +16,12 @@ _FILE = "lib/R/site-library/janeaustenr/data/Rdata.rdb"
 _CHARSXP = 9  # a string in R's serialisation: flags, whose low byte is this, length, bytes
 _UTF8 = 0x8000  # among the flags
 _LONGEST = 400  # of a line
+_SHORTEST_NOVEL = 100_000  # characters; what else the package holds are tables
 
 
 def novel(first_line: str = "EMMA") -> str | None:
     """The text of one novel, which begins with the line; None where the package is not."""
-    found = next((place / _FILE for place in _PLACES if (place / _FILE).is_file()), None)
+    found = _package()
     if found is None:
         return None
     for block in _blocks(found.read_bytes()):
@@ -28,6 +29,17 @@ def novel(first_line: str = "EMMA") -> str | None:
         if first_line in lines[:40]:
             return "\n".join(lines[lines.index(first_line) :])
     raise ValueError(f"{found} holds no novel that begins with {first_line!r}")
+
+
+def novels() -> list[str]:
+    """The texts of all six; none where the package is not."""
+    found = _package()
+    texts = ["\n".join(_strings(block)) for block in _blocks(found.read_bytes())] if found else []
+    return [text for text in texts if len(text) > _SHORTEST_NOVEL]
+
+
+def _package() -> Path | None:
+    return next((place / _FILE for place in _PLACES if (place / _FILE).is_file()), None)
 
 
 def _blocks(data: bytes) -> list[bytes]:

@@ -226,10 +226,13 @@ def test_missing_packages_are_named(moe: Path, tmp_path: Path, monkeypatch: pyte
     assert error.value.hint == "pip install 'moeify[onnxruntime]'"
 
 
-def test_experts_stored_in_fewer_bytes(moe: Path, tmp_path: Path):
+@pytest.mark.parametrize(("expert_dtype", "block"), [("int8", 0), ("int8-32", 32)])
+def test_experts_stored_in_fewer_bytes(moe: Path, tmp_path: Path, expert_dtype: str, block: int):
     """With the library or without: the report says which ran."""
-    report = export_file(moe, tmp_path / "moe.onnx", OnnxRuntime(expert_dtype="int8"))
+    report = export_file(moe, tmp_path / "moe.onnx", OnnxRuntime(expert_dtype=expert_dtype))
     assert {b.lowering for b in report.blocks} == {"kernel"}
+    nodes = [node for node in onnx.load(tmp_path / "moe.onnx").graph.node if node.op_type == "DispatchFFN"]
+    assert {a.i for node in nodes for a in node.attribute if a.name == "block"} == {block}
     assert report.tolerance == TOLERANCE["int8"]
     assert report.verified_on == f"ONNX Runtime's cpu provider with {Session(tmp_path / 'moe.onnx').kernels}"
     assert "'moeify build-kernels --print-path'" in report.notes[0]

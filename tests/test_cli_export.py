@@ -120,6 +120,7 @@ def test_the_options_of_tvm_reach_it(called: dict[str, Any]):
         (["--arch", "sm_90"], 2, "--arch is no option of the onnxruntime backend"),
         (["--to", "tvm", "--dtype", "float16"], 2, "float16 needs the cuda target"),
         (["--expert-dtype", "int4"], 2, "there is no expert dtype 'int4'"),
+        (["--expert-dtype", "int8-48"], 2, "choose one of float32, float16, bfloat16, int8-32, int8-64, int8-128"),
         (["--expert-dtype", "int8", "--target", "portable"], 2, "the kernel lowering, which stores experts"),
         (["--expert-dtype", "int8", "--lowering", "split"], 2, "the split lowering does not store experts as int8"),
     ],

@@ -206,6 +206,7 @@ def test_a_session_says_what_runs(kernel_library: Path, monkeypatch: pytest.Monk
         ("float32", "int8", "int8"),
         ("float16", "float32", "float16"),
         ("float16", "int8", "int8"),
+        ("float16", "int8-64", "int8"),
         ("float16", "", "float16"),
     ],
 )

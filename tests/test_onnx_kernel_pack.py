@@ -5,12 +5,18 @@ from __future__ import annotations
 import numpy
 import pytest
 
+from moeify.backends.onnxruntime.kernel_names import EXPERT_DTYPES
 from moeify.backends.onnxruntime.kernel_pack import BLOCKS, STORAGES, pack, panel_count, scale_count, unpack
 from moeify.errors import BadOption, Refused, UnknownName
 
 
 def weights(width: int, depth: int) -> numpy.ndarray:
     return numpy.random.default_rng(0).standard_normal((3, width, depth), dtype=numpy.float32)
+
+
+def test_users_can_name_all_that_can_be_packed() -> None:
+    whole = {(name, 0) for name in STORAGES}
+    assert set(EXPERT_DTYPES.values()) == whole | {("int8", block) for block in BLOCKS}
 
 
 @pytest.mark.parametrize("width", [1, 16, 37])

@@ -19,6 +19,7 @@ from torch import fx
 
 from moeify.backends.calls import Call, Seen
 from moeify.backends.deploy import Choice, Deployment, one_of
+from moeify.backends.onnxruntime.kernel_names import EXPERT_DTYPES
 from moeify.errors import BadOption, RuntimeUnavailable
 from moeify.ir.export_report import ExportReport
 from moeify.ir.program import Program
@@ -31,8 +32,8 @@ if TYPE_CHECKING:  # onnx and the runtime are imported when they are used: `moei
 NEEDS = "1.31"  # the version that the operators' attributes and kernels were tested with
 TARGETS = ("cpu", "cuda", "portable")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-EXPERT_DTYPES = ("float32", "float16", "bfloat16", "int8")  # digits fall
 _WEIGHT_BYTES = {"float32": 4.0, "float16": 2.0, "bfloat16": 2.0, "int8": 1.0}
+_SCALE_BYTES = 4.0
 _HALF_ON_CPU = (
     "ONNX Runtime computes float16 on the CPU in float32, with casts: the file is smaller and not faster there; 1.31 "
     "can crash on such a file unless its optimizer NchwcTransformer is disabled, as moeify's Session does"
@@ -89,7 +90,7 @@ class OnnxRuntime(Deployment):
             )
 
     def _check_expert_dtype(self) -> None:
-        one_of("expert dtype", self.expert_dtype, EXPERT_DTYPES)
+        one_of("expert dtype", self.expert_dtype, tuple(EXPERT_DTYPES))
         if self.target != "cpu":
             raise BadOption(
                 f"the kernel lowering, which stores experts in a type of their own, is for cpu, not {self.target}",
@@ -105,7 +106,7 @@ class OnnxRuntime(Deployment):
     def precision(self) -> str:
         if self.bits:
             return f"int{self.bits}"
-        return max(self.dtype, self.expert_dtype or self.dtype, key=EXPERT_DTYPES.index)
+        return max(self.dtype, self._storage()[0] or self.dtype, key=list(_WEIGHT_BYTES).index)  # digits fall
 
     def versions(self) -> dict[str, str]:
         """Of the packages that have a say in what is written."""
@@ -139,7 +140,8 @@ class OnnxRuntime(Deployment):
         from moeify.backends.roofline import Shape
 
         shape = Shape(block["experts"], block["d_model"], block["d_expert"], block["d_model"], block["top_k"])
-        stored = _WEIGHT_BYTES[self.expert_dtype or "float32"]
+        storage, sharing = self._storage()
+        stored = _WEIGHT_BYTES[storage or "float32"] + (_SCALE_BYTES / sharing if sharing else 0.0)
         lowerings = [cost.SPLIT, cost.CONTRIB, *([cost.KERNEL] if self._has_library() else [])]
         if self.expert_dtype or self.lowering == cost.KERNEL:
             lowerings = [cost.KERNEL]
@@ -221,12 +223,17 @@ class OnnxRuntime(Deployment):
 
         return self.target == "cpu" and kernel_library.is_built()
 
+    def _storage(self) -> tuple[str, int]:
+        """What the kernel lowering stores experts in, and inputs to a scale; "" is the model's own type."""
+        return EXPERT_DTYPES[self.expert_dtype] if self.expert_dtype else ("", 0)
+
     def _table(self) -> Mapping[str, Lowering]:
         from moeify.backends.onnxruntime import choose, contrib, kernel, portable, qmoe, split
 
+        storage, block = self._storage()
         return {
             choose.SPLIT: split.lower,
-            choose.KERNEL: functools.partial(kernel.lower, storage=self.expert_dtype),
+            choose.KERNEL: functools.partial(kernel.lower, storage=storage, block=block),
             choose.CONTRIB: portable.lower if self.target == "portable" else contrib.lower,
             choose.QMOE: functools.partial(qmoe.lower, bits=self.bits, block=None),
         }

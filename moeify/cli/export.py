@@ -35,8 +35,9 @@ def export(
         str | None,
         typer.Option(
             metavar="TYPE",
-            help="target cpu: store the experts so, compute in float32: float32, float16, bfloat16; onnxruntime: int8 "
-            "too, asks for the kernel lowering.  [float32]",
+            help="target cpu: store the experts so, compute in float32: float32, float16, bfloat16. onnxruntime asks "
+            "the kernel lowering for it and has int8 too, with a scale for each output, or int8-32, int8-64, int8-128, "
+            "int8-256: one for so many inputs of an output, closer to the weights and a little larger.  [float32]",
         ),
     ] = None,
     bits: Annotated[

@@ -17,9 +17,11 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from moeify.distributed.groups import Groups, named
 from moeify.distributed.processes import SECONDS, ProcessTransport, groups_of
-from moeify.errors import BadOption, NonFiniteValues, RankLost
+from moeify.errors import BadOption, NonFiniteValues, RankLost, RuntimeUnavailable
 from moeify.ir import roles
 from moeify.ir.roles import DATA, EXPERTS, Transport
+
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class Ranks:
     mesh: DeviceMesh | None
     groups: Groups
     everyone: Transport
+    device: torch.device = _CPU  # of this rank's part of the model
 
     @property
     def rank(self) -> int:
@@ -70,23 +73,26 @@ class Ranks:
         return torch.tensor(values, dtype=torch.float64)
 
 
-def start(expert_ranks: int | None = None, seconds: float = SECONDS) -> Ranks:
-    """Join the others that torchrun has started, over gloo, or be alone where it has not.
+def start(expert_ranks: int | None = None, seconds: float = SECONDS, device: str = "cpu") -> Ranks:
+    """Join the others that torchrun has started, or be alone where it has not.
 
-    ``expert_ranks`` share one set of experts, all by default; the others hold the same. Raises BadOption, or RankLost
-    when not all come within ``seconds``.
+    ``expert_ranks`` share one set of experts, all by default; the others hold the same. On ``device`` "cpu" everything
+    is exchanged over gloo; on "cuda" every rank has the GPU of its LOCAL_RANK, tensors there go over NCCL and the few
+    numbers on the CPU over gloo. Raises BadOption, RuntimeUnavailable where this rank has no GPU, or RankLost when not
+    all come within ``seconds``.
     """
+    place = _place(device)
     size = int(os.environ.get("WORLD_SIZE", "1"))
     ep = expert_ranks or size
     if size % ep:
         fits = ", ".join(str(n) for n in range(1, size + 1) if size % n == 0)
         raise BadOption(f"{size} ranks do not split into groups of {ep}", hint=f"choose --expert-ranks out of {fits}")
-    _join(seconds)
+    _join(seconds, place)
     shape, names = ((size,), (EXPERTS,)) if ep == size else ((size // ep, ep), (DATA, EXPERTS))
-    mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
+    mesh = init_device_mesh(place.type, shape, mesh_dim_names=names)
     groups = groups_of(mesh, seconds)
     assert dist.group.WORLD is not None
-    return Ranks(mesh, groups, ProcessTransport(dist.group.WORLD, seconds, groups.board))
+    return Ranks(mesh, groups, ProcessTransport(dist.group.WORLD, seconds, groups.board), place)
 
 
 def stop() -> None:
@@ -96,13 +102,30 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
-def _join(seconds: float) -> None:
+def _place(device: str) -> torch.device:
+    """This rank's own device: NCCL takes one GPU to a rank."""
+    if device == "cpu":
+        return _CPU
+    if device != "cuda":
+        raise BadOption(f"there is no device {device!r} for ranks", hint="choose cpu or cuda")
+    local, there = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if local >= there or not dist.is_nccl_available():
+        have = "this torch has no NCCL" if there else "there is no GPU that torch can use here"
+        what = f"rank {local} of this machine has no GPU: it has {there}" if 0 < there <= local else have
+        raise RuntimeUnavailable(what, hint="choose --device cpu, or start as many ranks as there are GPUs")
+    place = torch.device("cuda", local)
+    torch.cuda.set_device(place)
+    return place
+
+
+def _join(seconds: float, place: torch.device) -> None:
     limit = timedelta(seconds=seconds)
+    backend = "gloo" if place.type == "cpu" else "cpu:gloo,cuda:nccl"
     if "RANK" not in os.environ:
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1, timeout=limit)
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=limit)
         return
     try:
-        dist.init_process_group("gloo", timeout=limit)
+        dist.init_process_group(backend, timeout=limit)
     except (RuntimeError, ValueError) as error:  # torch's DistError is a RuntimeError
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise RankLost(

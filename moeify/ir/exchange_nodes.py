@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from moeify.ir.devices import STAYS
 from moeify.ir.emit import Emitter
 from moeify.ir.expert_calls import ExpertCall
 from moeify.ir.roles import EXPERTS
@@ -44,6 +45,7 @@ def dropless(emit: Emitter, call: ExpertCall, ranks: int) -> There:
     # One copy to the CPU instead of a wait for the device in each exchange.
     both_2W = emit.call(_ROLE, _aten.stack.default, sums)
     both_2W = emit.call(_ROLE, _aten._to_copy.default, both_2W, device=torch.device("cpu"))
+    both_2W.meta[STAYS] = True
     out_W, in_W = (emit.call(_ROLE, _aten.select.int, both_2W, 0, i) for i in range(2))
     arriving = emit.call(_ROLE, _aten.item.default, emit.call(_ROLE, _aten.sum.default, out_W))
     rows = emit.call(_ROLE, _moe.all_to_all_rows.default, call.rows, out_W, in_W, arriving, EXPERTS, ranks, call.block)

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from moeify.ir import devices
+
 # Operator (without overload) -> name of its training flag. moeify's own are named, as their library may not be loaded.
 FLAGS: dict[str, str] = {
     "aten::dropout": "train",
@@ -91,7 +93,7 @@ class TrainableGraph(fx.GraphModule):
 
     ``attention_dropout`` is what set_training takes. Parameters, buffers and graph are shared with ``root``,
     which must not
-    be used afterwards.
+    be used afterwards. Moved to another device, it makes what the graph itself makes there too.
     """
 
     def __init__(
@@ -114,6 +116,11 @@ class TrainableGraph(fx.GraphModule):
             owner, _, leaf = name.rpartition(".")
             if name not in mine and ".router." in name and parameter.device.type != "meta":
                 self.get_submodule(owner).register_parameter(leaf, parameter)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> TrainableGraph:
+        super()._apply(fn, recurse)
+        devices.follow(self)
+        return self
 
     def train(self, mode: bool = True) -> TrainableGraph:
         """Flip the flags of the graph; see set_training."""

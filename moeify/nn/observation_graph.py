@@ -7,7 +7,7 @@ the dispatch backwards; the rest is added, and a module that receives the values
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 
 import moeify.ir.ops  # noqa: F401  (defines torch.ops.moeify)
 from moeify.errors import Refused, UsageError
+from moeify.ir import devices
 from moeify.ir.inline import trace
 from moeify.nn.observed import NOTHING, WHAT, Keep, Observation
 from moeify.nn.routers import ROUTERS
@@ -52,9 +53,12 @@ def attach_graph(model: fx.GraphModule, keep: Keep) -> Callable[[], None]:
             spec, router = routers[call.block]
             values = _Values(model, call).nodes(spec, router)
             names.append(f"{_PREFIX}{number}")
-            model.add_module(names[-1], _Recorder(keep, call.block, router))
+            model.add_module(
+                names[-1], _Recorder(keep, call.block, router, functools.partial(_tensors, model, call.block))
+            )
             with model.graph.inserting_before(call.node):
                 model.graph.call_module(names[-1], kwargs={**values, "inputs": call.x})
+        devices.follow(model)  # a router is traced on the CPU
         model.recompile()
     except BaseException:
         detach()
@@ -63,12 +67,13 @@ def attach_graph(model: fx.GraphModule, keep: Keep) -> Callable[[], None]:
 
 
 class _Recorder(nn.Module):
-    def __init__(self, keep: Keep, block: str, router: Router) -> None:
+    def __init__(self, keep: Keep, block: str, router: Router, tensors: Callable[[], Mapping[str, Tensor]]) -> None:
         super().__init__()
-        self.keep, self.block = keep, block
+        self.keep, self.block, self.tensors = keep, block, tensors
         self.routers = [router]  # in a list, so that its tensors are not the model's twice
 
     def forward(self, **values: Tensor) -> None:
+        _share(self.routers[0], self.tensors())  # a model that was moved has other buffers
         self.keep(Observation(self.block, self.routers[0], values, self.training))
 
 
@@ -122,17 +127,27 @@ def _router_of(model: fx.GraphModule, call: _Call) -> tuple[RouterSpec, Router]:
         raise UsageError(f"nothing says what the router of {block} is", hint="open the file with moeify.load")
     spec: RouterSpec = ROUTERS.parse(entry.router)
     up_EFD = model.get_parameter(f"{block}{_EXPERTS_UP}")
-    mine = model.get_submodule(f"{block}.router") if _has(model, f"{block}.router") else nn.Module()
-    tensors = dict(mine.named_parameters()) | dict(mine.named_buffers())
+    tensors = _tensors(model, block)
     vocabulary = len(tensors["table"]) if spec.needs_token_ids else None
     with torch.device("meta"):
         router = spec.build(up_EFD.shape[2], call.num_experts, entry.top_k, dtype=up_EFD.dtype, vocabulary=vocabulary)
+    _share(router, tensors)
+    return spec, router.train(model.training)
+
+
+def _tensors(model: fx.GraphModule, block: str) -> Mapping[str, Tensor]:
+    """Parameters and buffers of a block's router, by the names that it has for them."""
+    mine = model.get_submodule(f"{block}.router") if _has(model, f"{block}.router") else nn.Module()
+    return dict(mine.named_parameters()) | dict(mine.named_buffers())
+
+
+def _share(router: Router, tensors: Mapping[str, Tensor]) -> None:
+    """Let the router hold these tensors themselves."""
     for name, value in tensors.items():
         owner, _, leaf = name.rpartition(".")
         holder = router.get_submodule(owner)
         held: dict[str, Any] = holder._parameters if isinstance(value, nn.Parameter) else holder._buffers
         held[leaf] = value
-    return spec, router.train(model.training)
 
 
 def _has(model: nn.Module, path: str) -> bool:

@@ -22,12 +22,13 @@ constexpr const char* kActivationNames[] = {
     "identity", "relu", "relu2", "gelu", "gelu_tanh", "quick_gelu", "silu", "sigmoid", "tanh", "relu6",
 };
 
-// The rows of one register tile times one panel: sum[i][j] = sum_d rows[i][d] * weight[d][j].
+// The rows of one register tile times some panels that lie one after another: sum[i][j] = sum_d rows[i][d] *
+// weight[d][j] of each panel. One call for all: where the depth is small, a call costs a good part of a panel.
 // Without `weights` the sums are written to `sums`; with them each row is added to its token's result while it is in
 // registers: results[tokens[i]][j] += weights[i] * (sum[i][j] + bias[j]).
 struct Product {
   const float* const* rows;  // where each row of the tile begins; `depth` values
-  const void* panel;         // [depth][16]
+  const char* panel;         // [depth][16]
   const float* scales;       // [ceil(depth / block)][16], of int8 alone
   size_t depth;
   size_t block;       // inputs that share a scale
@@ -38,6 +39,13 @@ struct Product {
   const uint32_t* tokens;
   const float* bias;
   float* results;
+  // How many panels; without `weights` there is one, whose sums the next would write over.
+  size_t panels;
+  // From one panel to the next: of `panel` and `ahead` in bytes, then of `scales`, `bias` and `results` in values.
+  size_t panel_bytes;
+  size_t scales_step;
+  size_t bias_step;
+  size_t results_step;
 };
 
 // out[i][j] = f(gate + gate_bias) * (up + up_bias), or f(up + up_bias) where gate is null.

@@ -35,6 +35,11 @@ struct Matrix {
     }
     return padded;
   }
+  // Up to which panel, from `panel` on, `panel_bias` lies 16 values further with each, or is the same zeros.
+  size_t bias_end(size_t panel) const {
+    const size_t whole = width / kColumns;
+    return bias != nullptr && panel < whole ? whole : count();
+  }
 };
 
 }  // namespace moeify

@@ -22,8 +22,11 @@ constexpr size_t kFewestTokens = 512;   // of a window
 constexpr size_t kMostTokens = 4096;
 constexpr size_t kRowsPerExpert = 128;  // of a window, on average
 
-constexpr size_t kRunBytes = 32 << 10;      // of one expert's panels, worth reading one after another
-constexpr size_t kResultBytes = 128 << 10;  // of results that a share adds to, half of a small second-level cache
+// Of a run: panels of one expert that a share adds to its results, one after another.
+constexpr size_t kRunBytes = 32 << 10;      // short runs of memory are read slowly
+constexpr size_t kRunPanels = 4;            // the hidden values are read once a run: runs of one read them often
+constexpr size_t kMostRunBytes = 128 << 10;  // such a run stays in a small second-level cache while rows pass it
+constexpr size_t kResultBytes = 128 << 10;  // and so do the results that it is added to
 
 constexpr size_t rounded(size_t value, size_t to) { return (value + to - 1) / to * to; }
 
@@ -76,6 +79,9 @@ class Tiles {
     p_.depth = matrix.depth;
     p_.block = m.block == 0 ? matrix.depth : m.block;
     p_.stride = part_ / matrix.depth;
+    p_.panels = 1;
+    p_.panel_bytes = matrix.panel_bytes;
+    p_.scales_step = matrix.blocks * kColumns;
   }
 
   size_t count() const { return count_; }
@@ -83,10 +89,10 @@ class Tiles {
   // As few tiles as the rows fit into, as even as they go.
   size_t first_row(size_t tile) const { return group_.first + group_.rows() * tile / count_; }
 
-  // Tile by tile: p.rows, and p.sums or p.results, are the caller's.
+  // Tile by tile: p.rows, and p.sums or p.results, are the caller's; p.panels is 1 unless the caller sets it.
   Product& operands() { return p_; }
 
-  // One tile of `rows` rows, while its part of the panel that comes next is fetched.
+  // One tile of `rows` rows times p.panels panels, while its part of `next`, the panels that come next, is fetched.
   void multiply(size_t panel, size_t tile, size_t rows, const char* next) {
     p_.panel = matrix_.panel(group_.expert, panel);
     p_.scales = matrix_.panel_scales(group_.expert, panel);
@@ -116,20 +122,24 @@ class Window {
         schedule_(space.groups, groups_, mixture.up.count(), mixture.up.depth * (mixture.gate.panels ? 2 : 1)),
         stride_(hidden_stride(mixture.up.width)) {}
 
-  void run(Host& host) {
-    if (groups_ != 0) share_out(host, schedule_.shares, &Window::hidden_share);
-    share_out(host, result_shares(), &Window::result_share);
+  // False where the host has no threads for it.
+  bool run(Host& host) {
+    if (groups_ != 0 && !share_out(host, schedule_.shares, &Window::hidden_share)) return false;
+    return share_out(host, result_shares(), &Window::result_share);
   }
 
  private:
   // Fewer than two shares stay on this thread.
-  void share_out(Host& host, size_t shares, void (Window::*task)(size_t)) {
-    if (shares == 1) return (this->*task)(0);
+  bool share_out(Host& host, size_t shares, void (Window::*task)(size_t)) {
+    if (shares == 1) {
+      (this->*task)(0);
+      return true;
+    }
     struct Bound {
       Window* window;
       void (Window::*task)(size_t);
     } bound{this, task};
-    host.parallel(
+    return host.parallel(
         shares,
         [](void* data, size_t share) {
           const Bound& b = *static_cast<Bound*>(data);
@@ -185,12 +195,12 @@ class Window {
     return matrix.panel(space_.groups[g].expert, panel);
   }
 
-  // How many panels of results a share owns: the experts' panels are read one run after another, and short runs are
-  // read slowly.
+  // How many panels of results a share owns: the experts' panels are read one run after another.
   size_t run_of_panels() const {
-    const size_t long_enough = std::max<size_t>(kRunBytes / m_.down.panel_bytes, 1);
-    const size_t fits = std::max<size_t>(kResultBytes / (tokens_ * kColumns * sizeof(float)), 1);
-    return std::min(long_enough, fits);
+    const size_t bytes = m_.down.panel_bytes;
+    const size_t long_enough = std::max(kRunBytes / bytes, std::min(kRunPanels, kMostRunBytes / bytes));
+    const size_t fits = kResultBytes / (tokens_ * kColumns * sizeof(float));
+    return std::max<size_t>(std::min(long_enough, fits), 1);
   }
 
   size_t result_shares() const {
@@ -226,13 +236,16 @@ class Window {
     Product& p = down.operands();
     p.rows = rows;
     p.sums = sums;
+    p.results_step = tokens_ * kColumns;
     for (size_t tile = 0; tile < down.count(); ++tile) {
       const size_t from = down.first_row(tile), count = down.first_row(tile + 1) - from;
       for (size_t i = 0; i < count; ++i) rows[i] = space_.hidden + (from + i) * stride_;
       p.weights = space_.sorted.weights + from;
       p.tokens = space_.sorted.tokens + from;
-      for (size_t panel = first; panel < last; ++panel) {
+      for (size_t panel = first; panel < last; panel += p.panels) {
         p.bias = m_.down.panel_bias(group.expert, panel, spare);
+        p.bias_step = p.bias == spare ? 0 : kColumns;
+        p.panels = std::min(last, m_.down.bias_end(panel)) - panel;
         p.results = results(panel);
         down.multiply(panel, tile, count, m_.down.panel(next.expert, panel));
       }
@@ -262,7 +275,10 @@ std::string run(const Mixture& mixture, const Kernels& kernels, Host& host) {
   for (size_t first = 0; first < mixture.choices.tokens; first += window) {
     const size_t tokens = std::min(window, mixture.choices.tokens - first);
     sort(mixture.choices, mixture.experts, first, first + tokens, space.sorted);
-    Window(mixture, kernels, space, first, tokens).run(host);
+    if (!Window(mixture, kernels, space, first, tokens).run(host)) {
+      host.release(memory);
+      return "x: the threads of the host took no work";
+    }
   }
   host.release(memory);
   return "";

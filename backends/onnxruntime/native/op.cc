@@ -66,7 +66,7 @@ class Kernel {
       return outcome.status();
     }
     m.y = static_cast<float*>(data);
-    Call call(api_, context, allocator_);
+    Call call(api_, context, allocator_, outcome);
     const std::string problem = run(m, best_kernels(), call);
     if (!problem.empty()) outcome.fail(problem);
     return outcome.status();

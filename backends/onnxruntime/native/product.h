@@ -45,7 +45,7 @@ inline const char* add_steps(const Product& p, const float* const* rows, size_t 
                              const char* ahead) {
   constexpr int U = copies(R);
   Floats sum[U][R][kVectors] = {};
-  const Weight* panel = static_cast<const Weight*>(p.panel);
+  const Weight* panel = reinterpret_cast<const Weight*>(p.panel);
 
   const auto step = [&](size_t d, int u) __attribute__((always_inline)) {
     Floats weight[kVectors];
@@ -89,9 +89,7 @@ inline const char* add_steps(const Product& p, const float* const* rows, size_t 
 }
 
 template <class Weight, int R>
-void product(const Product& p) {
-  const float* rows[R];
-  for (int i = 0; i < R; ++i) rows[i] = p.rows[i];
+inline void one_panel(const Product& p, const float* const* rows) {
   if (p.scales == nullptr) {
     add_steps<Weight, R>(p, rows, 0, p.depth, nullptr, p.ahead);
     return;
@@ -101,6 +99,22 @@ void product(const Product& p) {
   for (size_t d = 0; d < p.depth; d += p.block, scales += kColumns) {
     const size_t end = p.depth - d < p.block ? p.depth : d + p.block;
     ahead = add_steps<Weight, R>(p, rows, d, end, scales, ahead);
+  }
+}
+
+template <class Weight, int R>
+void product(const Product& first) {
+  const float* rows[R];
+  for (int i = 0; i < R; ++i) rows[i] = first.rows[i];
+  Product p = first;
+  for (size_t left = p.panels; left > 0; --left) {
+    one_panel<Weight, R>(p, rows);
+    if (left == 1) return;  // a step further may be outside of an array
+    p.panel += p.panel_bytes;
+    p.ahead += p.panel_bytes;
+    if (p.scales != nullptr) p.scales += p.scales_step;
+    p.bias += p.bias_step;
+    p.results += p.results_step;
   }
 }
 

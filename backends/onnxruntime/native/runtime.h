@@ -61,15 +61,13 @@ class Outcome {
 // One call's threads and memory.
 class Call final : public Host {
  public:
-  Call(const OrtApi* api, OrtKernelContext* context, OrtAllocator* allocator)
-      : api_(api), context_(context), allocator_(allocator) {}
+  Call(const OrtApi* api, OrtKernelContext* context, OrtAllocator* allocator, Outcome& outcome)
+      : api_(api), context_(context), allocator_(allocator), outcome_(outcome) {}
 
-  void parallel(size_t count, void (*task)(void*, size_t), void* data) override {
+  // A refusal is the call's error: on one thread it would go on, and nobody would know why it is slow.
+  bool parallel(size_t count, void (*task)(void*, size_t), void* data) override {
     // Batches 0: threads take the next task as they become free.
-    OrtStatus* status = ort::KernelContextParallelFor::call(api_, context_, task, count, 0, data);
-    if (status == nullptr) return;
-    ort::ReleaseStatus::call(api_, status);
-    for (size_t i = 0; i < count; ++i) task(data, i);
+    return outcome_.take(ort::KernelContextParallelFor::call(api_, context_, task, count, 0, data));
   }
 
   void* allocate(size_t bytes) override {
@@ -88,6 +86,7 @@ class Call final : public Host {
   const OrtApi* api_;
   OrtKernelContext* context_;
   OrtAllocator* allocator_;
+  Outcome& outcome_;
 };
 
 // Fills `tensor`, whose name is set.

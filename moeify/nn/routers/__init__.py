@@ -25,4 +25,16 @@ ROUTERS = Registry(
         "topk": "moeify.nn.routers.topk:TopK",
         "dynamic-k": "moeify.nn.routers.dynamic_k:DynamicK",
     },
+    {
+        # Krishnamurthy et al., arXiv 2302.14703
+        "attentive": (
+            "it weighs experts by their hidden values, and a router gives a token its experts before any has run",
+            "choose 'soft', or for a layer of your own that runs every expert, the gate in moeify.nn.attentive",
+        ),
+        # Puigcerver et al., arXiv 2308.00951
+        "soft-moe": (
+            "its experts see weighted means of a sequence's tokens, and a router gives each token experts of its own",
+            "choose 'soft' (all experts for each token) or 'expert-choice' (experts choose whole tokens)",
+        ),
+    },
 )
