@@ -9,7 +9,7 @@ export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-native lint types unit bench samples clean
+.PHONY: help setup demo test test-native test-gpu lint types unit bench samples clean
 
 help: ## print this help
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -45,6 +45,9 @@ unit: setup ## the tests alone
 
 test-native: setup ## the C++ kernels under sanitizers, on random cases; skipped where there is no compiler
 	@$(BIN)/python -m tests.native
+
+test-gpu: setup ## what runs on a GPU alone: torch, ONNX Runtime, TVM and NCCL; skipped where there is none
+	$(BIN)/python -m pytest -q -rs tests/test_gpu_*.py
 
 bench: setup ## every benchmark, each a ratio in one process
 	@$(BIN)/python -m bench

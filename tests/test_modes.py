@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from moeify.frontend import capture
+from moeify.ir import devices
 from moeify.ir.modes import TrainableGraph, attention_probabilities, is_training, set_training
 
 
@@ -164,3 +165,29 @@ def test_flags_of_operators_of_our_own():
     module.train()
     assert module(ones)[0].std() > 0.5
     assert 0 < module(ones)[1].std() < 0.1
+
+
+class Positions(nn.Module):
+    """Makes tensors of its own, on a device that capture writes down."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.table(torch.arange(x.shape[1], device=x.device))
+
+
+def test_what_the_graph_makes_is_made_where_the_model_is() -> None:
+    """On a device without memory, which every machine has."""
+    exported = torch.export.export(Positions(), (torch.zeros(2, 3, 4),)).module()
+    graph = TrainableGraph(exported, exported.graph)
+    made = next(node for node in graph.graph.nodes if "arange" in str(node.target))
+    devices.place(graph, torch.device("meta"))
+    assert made.kwargs["device"] == torch.device("meta")
+    devices.follow(graph)  # its weights are on the CPU
+    assert made.kwargs["device"] == torch.device("cpu")
+    made.meta[devices.STAYS] = True
+    graph.to("meta")
+    devices.place(graph, torch.device("meta"))
+    assert made.kwargs["device"] == torch.device("cpu")

@@ -241,6 +241,11 @@ REFUSED = {
         2,
         "error: 1 ranks do not split into groups of 2\n  hint: choose --expert-ranks out of 1",
     ),
+    "a device": (
+        ["--data", "{folder}/data.safetensors", "--device", "tpu"],
+        2,
+        "error: there is no device 'tpu' for ranks\n  hint: choose cpu or cuda",
+    ),
     "a flag": (["--hello"], 2, "\n  hint: see python -m moeify.run --help"),
 }
 
@@ -250,6 +255,12 @@ def test_refusals(model: Path, case: str, capsys: pytest.CaptureFixture[str]) ->
     words, code, text = REFUSED[case]
     assert main([str(model), *(word.format(folder=model.parent) for word in words)]) == code
     assert text.format(folder=model.parent) in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_no_gpu(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(model), "--data", str(model.parent / "data.safetensors"), "--device", "cuda"]) != 0
+    assert "there is no GPU that torch can use here\n  hint: choose --device cpu" in capsys.readouterr().err
 
 
 def test_a_folder_that_holds_another_run(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

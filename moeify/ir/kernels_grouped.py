@@ -1,7 +1,7 @@
 """The same products by ``torch.nn.functional.grouped_mm``: one kernel for all experts, and no wait for the device.
 
 On CUDA the grouped GEMM takes bfloat16, compute capability 8.0 or newer, and widths whose bytes are a multiple of 16.
-In eager CPU the same call also takes float32, which is how these functions are tested. They have NOT been run on a GPU.
+In eager CPU the same call also takes float32, which is how these functions are tested where there is no GPU.
 """
 
 from __future__ import annotations
