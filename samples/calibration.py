@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from experiment import Table, options, over_seeds, write_json
+from experiment import Table, finish, options, over_seeds, seeds
 from images import CLASSES, FASHION, HELP, PIXELS, Images, images, train
 from torch import Tensor, nn
 
@@ -180,13 +180,9 @@ def main() -> None:
     if args.small:
         data = data.first(2000, 500)
     data, held_out = data.holding_out(args.held_out)
-    runs = [run_of(seed, data, held_out, args) for seed in range(args.seeds)]
-    table(runs, data.name).show(args.markdown)
+    runs = [run_of(seed, data, held_out, args) for seed in seeds(args)]
+    finish(args, table(runs, data.name), runs, draw)
     print(f"{len(runs[0])} models, {len(runs)} seeds in {time.perf_counter() - began:.0f} s on {args.device}")
-    if args.json:
-        write_json(args.json, args, runs)
-    if args.plot:
-        draw(runs, args.plot)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from corpus import Corpus, characters, read
-from experiment import Table, options, over_seeds, prepare, write_json, write_plot
+from experiment import Table, finish, options, over_seeds, prepare, seeds, write_plot
 from language_model import GPT, Schedule, train
 
 import moeify
@@ -155,12 +155,8 @@ def main() -> None:
     prepare(args)
     corpus = characters(read(args.data, args.small), args.device)
     print(corpus.name)
-    runs = [runs_of(seed, corpus, args) for seed in range(args.seeds)]
-    table(runs, corpus.name, args).show(args.markdown)
-    if args.json:
-        write_json(args.json, args, runs)
-    if args.plot:
-        draw(runs, args.plot)
+    runs = [runs_of(seed, corpus, args) for seed in seeds(args)]
+    finish(args, table(runs, corpus.name, args), runs, draw)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
@@ -26,6 +26,7 @@ def options(
     parser = argparse.ArgumentParser(description=summary, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--data", type=Path, metavar="PATH", help=data)
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="how often all of it is repeated")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="the first of them; they count up by one")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=device, help="where the models are trained")
     parser.add_argument(
@@ -69,6 +70,21 @@ def over_seeds(values: Sequence[float], digits: int = 4) -> str:
     return f"{text} ({stdev(values):.{digits}f})" if len(values) > 1 else text
 
 
+def seeds(settings: argparse.Namespace) -> range:
+    return range(settings.seed, settings.seed + settings.seeds)
+
+
+def finish(settings: argparse.Namespace, table: Table, runs: Any, draw: Callable[[Any, Path], None]) -> None:
+    """What every experiment does with its runs: shows the table, writes the figures, draws them. Runs are plain data,
+    or have a ``to_dict``.
+    """
+    table.show(settings.markdown)
+    if settings.json:
+        write_json(settings.json, settings, runs)
+    if settings.plot:
+        draw(runs, settings.plot)
+
+
 def write_plot(path: Path, figure: Any) -> None:
     """A matplotlib Figure; whole or not at all."""
     staged = path.with_name(f"{path.stem}.partial{path.suffix}")
@@ -85,5 +101,5 @@ def write_json(path: Path, settings: argparse.Namespace, runs: Any) -> None:
         "runs": runs,
     }
     staged = path.with_name(f"{path.name}.partial")
-    staged.write_text(json.dumps(said, indent=1))
+    staged.write_text(json.dumps(said, indent=1, default=lambda one: one.to_dict()))
     staged.rename(path)

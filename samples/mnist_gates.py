@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from experiment import Table, options, over_seeds, write_json
+from experiment import Table, finish, options, over_seeds, seeds
 from images import CLASSES, DIGITS, FASHION, HELP, PIXELS, Images, images, train
 from torch import Tensor, nn
 
@@ -170,7 +170,7 @@ def runs_of(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     if args.small:
         data = data.first(2000, 500)
     runs = []
-    for seed in range(args.seeds):
+    for seed in seeds(args):
         for gate in (SOFT, ATTENTIVE):
             for losses in LOSSES:
                 model = trained(gate, losses, data, seed, args)
@@ -209,12 +209,8 @@ def main() -> None:
     args = arguments()
     began = time.perf_counter()
     runs = [run for name in (DIGITS, FASHION) for run in runs_of(name, args)]
-    table(runs).show(args.markdown)
+    finish(args, table(runs), runs, draw)
     print(f"{len(runs)} mixtures in {time.perf_counter() - began:.0f} s on {args.device}")
-    if args.json:
-        write_json(args.json, args, runs)
-    if args.plot:
-        draw(runs, args.plot)
 
 
 if __name__ == "__main__":

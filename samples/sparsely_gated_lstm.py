@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from corpus import Corpus, read, words
-from experiment import Table, options, over_seeds, prepare, write_json, write_plot
+from experiment import Table, finish, options, over_seeds, prepare, seeds, write_plot
 from language_model import Schedule, train
 from torch import Tensor, nn
 
@@ -157,12 +157,8 @@ def main() -> None:
     prepare(args)
     corpus = words(read(args.data, args.small), args.device, args.words)
     print(corpus.name)
-    runs = [runs_of(seed, corpus, args) for seed in range(args.seeds)]
-    table(runs, corpus.name).show(args.markdown)
-    if args.json:
-        write_json(args.json, args, runs)
-    if args.plot:
-        draw(runs, args.plot)
+    runs = [runs_of(seed, corpus, args) for seed in seeds(args)]
+    finish(args, table(runs, corpus.name), runs, draw)
 
 
 if __name__ == "__main__":

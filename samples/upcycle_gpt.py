@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from corpus import Corpus, characters, read
-from experiment import Table, options, over_seeds, prepare, write_json, write_plot
+from experiment import Table, finish, options, over_seeds, prepare, seeds, write_plot
 from language_model import GPT, Point, Schedule, step_flops, train
 
 import moeify
@@ -155,15 +155,9 @@ def main() -> None:
     prepare(args)
     corpus = characters(read(args.data, args.small), args.device)
     print(corpus.name)
-    runs = [runs_of(seed, corpus, args) for seed in range(args.seeds)]
-    table(runs, corpus.name).show(args.markdown)
+    runs = [runs_of(seed, corpus, args) for seed in seeds(args)]
+    finish(args, table(runs, corpus.name), runs, draw)
     print(*verdicts(runs), sep="\n")
-    if args.json:
-        write_json(
-            args.json, args, [{arm: [p.to_dict() for p in points] for arm, points in run.items()} for run in runs]
-        )
-    if args.plot:
-        draw(runs, args.plot)
 
 
 if __name__ == "__main__":
