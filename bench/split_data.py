@@ -2,7 +2,7 @@
 
 | model | fitted to | tested on |
 |---|---|---|
-| SmolLM2 | Pride and Prejudice, Mansfield Park | the last fifth of Emma |
+| SmolLM2 | Pride and Prejudice, Mansfield Park; trained on these and the other three | the last fifth of Emma |
 | MiniLM | words and sentences of the same two | the words of WordSim353 and SimLex999, sentences of Emma |
 | NanoGuard | prompts from templates, sentences of the same two | prompts from other templates, sentences of Emma |
 
@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "samples"))
 
 FIT_NOVELS, TEST_NOVEL = ("PRIDE AND PREJUDICE", "MANSFIELD PARK"), "EMMA"
+MORE_NOVELS = ("SENSE AND SENSIBILITY", "NORTHANGER ABBEY", "Persuasion")
 PAIRS = {"WordSim353": "wordsim353.tsv", "SimLex999": "simlex999.txt"}
 _LAST_FIFTH = 0.8  # of Emma: where it begins
 _SENTENCE = range(20, 100)  # characters
@@ -39,6 +40,11 @@ def novel(first_line: str) -> str:
 
 def fit_text() -> str:
     return "\n".join(novel(name) for name in FIT_NOVELS)
+
+
+def train_text() -> str:
+    """Austen's other five novels, those of ``fit_text`` first."""
+    return "\n".join(novel(name) for name in (*FIT_NOVELS, *MORE_NOVELS))
 
 
 def test_text() -> str:

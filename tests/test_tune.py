@@ -148,6 +148,15 @@ def test_speed_is_expected_without_a_runtime(monkeypatch: pytest.MonkeyPatch) ->
     assert all(point.flops > found.flops for point in slower)
 
 
+def test_an_amount_of_work_takes_one_conversion() -> None:
+    found = tune(dense(), drawn(160, 1), flops=0.6, test=drawn(60, 2)).report
+    assert (found.goal, found.target) == ("flops", 0.6)
+    assert [point.flops for point in found.frontier if point.quality is not None] == [found.flops]
+    assert found.flops == max(point.flops for point in found.frontier if point.flops <= 0.6)
+    with pytest.raises(Refused, match=r"the least that splits into 4 parts leave is \d\d.\d% of the FLOPs"):
+        tune(dense(), drawn(160, 1), flops=0.05, parts=4)
+
+
 def test_clock_measures_in_onnx_runtime(tuned: Tuned) -> None:
     pytest.importorskip("onnxruntime")
     program = frontend.capture(dense(), INPUTS)
@@ -174,7 +183,8 @@ def test_figures_by_kind(tuned: Tuned) -> None:
     ("goal", "error", "text"),
     [
         (Goal(), UsageError, "say what to tune for"),
-        (Goal(keep=0.9, speedup=2), UsageError, "give keep or speedup, not both"),
+        (Goal(keep=0.9, speedup=2), UsageError, "give one of keep, speedup"),
+        (Goal(flops=1.0), BadOption, "flops is 1: it must be above 0 and below 1"),
         (Goal(keep=0.0), BadOption, "keep is 0: it must be above 0 and at most 1"),
         (Goal(keep=1.5), BadOption, "keep is 1.5"),
         (Goal(speedup=0.9), BadOption, "speedup is 0.9: it must be above 1"),
@@ -231,4 +241,4 @@ def test_from_the_command_line(tmp_path: Path, capsys) -> None:
 def test_the_command_line_asks_for_a_target(tmp_path: Path, capsys) -> None:
     (tmp_path / "book.txt").write_text(WORDS)
     assert main(["tune", str(tmp_path), "--data", str(tmp_path / "book.txt")]) == 2
-    assert "say what to tune for: a quality or a speed" in capsys.readouterr().err
+    assert "say what to tune for: a quality, a speed or an amount of work" in capsys.readouterr().err

@@ -82,9 +82,9 @@ class HeldOutExamples:
                     labels += int((wanted != IGNORED).sum())
                 if self.teacher is not None:
                     values = flat(output)
-                    inputs = [batch[name].cpu() for name in self.examples.inputs]
+                    inputs = [batch[name] for name in self.examples.inputs]
                     for one, value, dense in zip(against, values, self.teacher.outputs(batch, values), strict=True):
-                        add_output(one, value.cpu(), dense.cpu(), inputs)
+                        add_output(one, value, dense, inputs)
         module.train(training)
         mean = total / terms if terms else None
         return HeldOut(

@@ -33,6 +33,7 @@ def tune(
     *,
     keep: float | None = None,
     speedup: float | None = None,
+    flops: float | None = None,
     test: Any = None,
     profile: Profile | str | Path | None = None,
     inputs: Sequence[str] | Mapping[str, torch.Tensor] | tuple[torch.Tensor, ...] | None = None,
@@ -53,13 +54,15 @@ def tune(
     time: bool = True,
     seed: int = 0,
 ) -> Tuned:
-    """Split as much of a dense model as ``keep`` or ``speedup`` allows, the blocks that can bear it most first.
+    """Split a dense model as far as ``keep`` allows, or ``speedup`` or ``flops`` need, the blocks that can bear it most
+    first.
 
     ``keep=0.99`` asks for at least 99 % of a figure that is measured on data which nothing was fitted to: dense over
     converted perplexity of a causal language model, the share of predictions that stay of a classifier (``classes``:
     outputs [batch, classes] are scores, also where they are not named logits), the mean cosine of embeddings.
     ``speedup=1.3`` asks for the dense model's time over the converted one's with ``time_tokens`` tokens, measured in
-    ONNX Runtime where that is installed (and ``time`` is on), else expected.
+    ONNX Runtime where that is installed (and ``time`` is on), else expected. ``flops=0.5`` asks for at most half of the
+    feed-forward blocks' work, and the least expected loss for it.
 
     ``model`` is a module or a path and is not changed. A part of ``data`` (what ``moeify.profile`` takes) is fitted to,
     another chosen by and a third measured on, or ``test`` is. ``profile`` is one that was made before. At most
@@ -67,7 +70,9 @@ def tune(
     ``moeify.convert(model, tuned.recipe, profile=tuned.profile)`` makes the same model in module form. Raises Refused
     when nothing that was tried meets the target, and what reading the data raises.
     """
-    goal = Goal(keep, speedup, time_tokens, threads, time, parts, tries, fit_tokens, test_tokens, classes, test, points)
+    goal = Goal(
+        keep, speedup, time_tokens, threads, time, parts, tries, fit_tokens, test_tokens, classes, test, points, flops
+    )  # fmt: skip
     options = Options(str(tokenizer) if tokenizer else None, sequence, image_mean, image_std, seed=seed)
     recipe = Recipe(blocks=blocks, include=include, seed=seed)
     given = UserData(data, profile, options)

@@ -18,7 +18,7 @@ from moeify.tuning.frontier import Point
 
 @dataclass
 class Budget:
-    """``points`` go from dense to the least work: FLOPs for a quality, expected seconds for a speed.
+    """``points`` go from dense to the least work: expected seconds for a speed, else FLOPs.
 
     Raises Refused where no split would save anything.
     """
@@ -29,7 +29,7 @@ class Budget:
     points: list[Point] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.points = allocations(self.groups, self._flops if self.goal.keep is not None else self._seconds)
+        self.points = allocations(self.groups, self._seconds if self.goal.speedup is not None else self._flops)
         if len(self.points) == 1:
             raise Refused(
                 f"no split of a block is expected to be faster than the dense one at {self.goal.time_tokens} tokens",

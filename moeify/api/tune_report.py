@@ -95,9 +95,10 @@ class FrontierPoint:
 
 @dataclass
 class TuneReport:
-    """``frontier`` goes from dense to the least work. ``goal`` is ``keep`` or ``speedup``; ``measure`` is what ``keep``
-    and ``quality`` are of, ``speedup`` the dense model's time over the converted one's at ``time_tokens`` tokens.
-    ``rows`` are rows of a block, fitted to, chosen by and tested on; ``stages`` the seconds of each part of the work.
+    """``frontier`` goes from dense to the least work. ``goal`` is ``keep``, ``speedup`` or ``flops``; ``measure`` is
+    what ``keep`` and ``quality`` are of, ``speedup`` the dense model's time over the converted one's at ``time_tokens``
+    tokens. ``rows`` are rows of a block, fitted to, chosen by and tested on; ``stages`` the seconds of each part of the
+    work.
     """
 
     model: str

@@ -28,9 +28,17 @@ class Search:
             self._order = list(range(1, len(points) + 1))
             values, bound = [point.loss for point in points], loss_at(measure, goal.keep)
         else:
-            assert goal.speedup is not None
-            self._order = list(range(len(points), 0, -1))  # the fastest is the surest
-            values, bound = [budget.time(budget.points[at]) for at in self._order], 1.0 / goal.speedup
+            self._order = list(range(len(points), 0, -1))  # that of least work is the surest
+            if goal.speedup is not None:
+                values, bound = [budget.time(budget.points[at]) for at in self._order], 1.0 / goal.speedup
+            else:
+                assert goal.flops is not None
+                values, bound = [self._flops(at) for at in self._order], goal.flops
+                if values[0] > bound:
+                    raise Refused(
+                        f"the least that splits into {goal.parts} parts leave is {values[0]:.1%} of the FLOPs",
+                        hint="ask for more, or cut the blocks into more --parts",
+                    )
         self._walk = Walk(values, bound)
 
     def run(self) -> int:
@@ -44,13 +52,15 @@ class Search:
         return self._order[found]
 
     def _value(self, position: int) -> float:
-        """Converts, and gives what the goal is about: the loss that goes with the quality, or the share of time."""
+        """Converts, and gives what the goal is about: the loss that goes with the quality, or a share of time or of
+        work.
+        """
         at = self._order[position]
         count = f"conversion {len(self.done) + 1} of at most {self._goal.tries}"
         self._convert(at, f"{count}, {self._flops(at):.0%} of the FLOPs")
         if self._goal.keep is not None:
             return loss_at(self._measure, self.done[at].quality)
-        return self._time(at)
+        return self._time(at) if self._goal.speedup is not None else self._flops(at)
 
     def _convert(self, at: int, text: str) -> None:
         self._forget()
@@ -132,8 +142,8 @@ class Search:
             )
         return TuneReport(
             model=model,
-            goal="keep" if goal.keep is not None else "speedup",
-            target=goal.keep or goal.speedup or 0.0,
+            goal=next(name for name in ("keep", "speedup", "flops") if getattr(goal, name) is not None),
+            target=goal.keep or goal.speedup or goal.flops or 0.0,
             measure=self._measure,
             quality=chosen.quality,
             speedup=1.0 / self._time(at),

@@ -25,6 +25,10 @@ def tune(
         float | None,
         typer.Option(metavar="S", help="Least loss that makes the whole model so many times as fast, such as 1.3."),
     ] = None,
+    flops: Annotated[
+        float | None,
+        typer.Option(metavar="F", help="Least loss at this share of the feed-forward blocks' work, such as 0.5."),
+    ] = None,
     test: Annotated[
         Path | None, typer.Option(metavar="DATA", help="To measure on.  [a part of --data that nothing is fitted to]")
     ] = None,
@@ -86,7 +90,7 @@ def tune(
         plots.check(plot)
     goal = Goal(
         keep, speedup, tokens, threads, take_time, parts, tries, fit_tokens, test_tokens, classes,
-        str(test) if test else None, points,
+        str(test) if test else None, points, flops,
     )  # fmt: skip
     with only_json(as_json), Bars() as bars:
         report = tune_file(
