@@ -26,6 +26,9 @@ from torch import Tensor, nn
 
 from bench import bench_split_minilm as minilm
 from bench import bench_split_nanoguard as nanoguard
+from bench.split_data import FIT_NOVELS, sentences
+from bench.split_minilm import INPUTS as MINILM_INPUTS
+from bench.split_minilm import Encoder
 from bench.split_report import Bar, finish
 from moeify import Recipe, frontend
 from moeify.api.batches import batch
@@ -81,10 +84,10 @@ def nanoguard_case() -> Case:
 
 
 def minilm_case() -> Case:
-    encoder = minilm.Encoder()
-    texts = random.Random(0).sample(minilm.sentences(*minilm.FIT_NOVELS), EXAMPLES)
+    encoder = Encoder()
+    texts = random.Random(0).sample(sentences(*FIT_NOVELS), EXAMPLES)
     layer = encoder.model.encoder.layer[0]
-    return Case(encoder.model, minilm.INPUTS, encoder.batches(texts), minilm.RECIPES[minilm.MAIN],
+    return Case(encoder.model, MINILM_INPUTS, encoder.batches(texts), minilm.SPLIT,
                 layer.intermediate.dense, MiniLMBlock(layer))  # fmt: skip
 
 

@@ -72,10 +72,22 @@ def word_pairs() -> dict[str, list[tuple[str, str, float]]]:
 
 def fit_words(count: int) -> list[str]:
     """Single words and pairs of them, half and half, none of which is in a test."""
+    return _words_and_pairs(_untested_words(), count // 2)
+
+
+def held_out_words(count: int) -> list[str]:
+    """The same of words that ``fit_words`` takes last."""
+    return _words_and_pairs(_untested_words()[::-1], count // 2)
+
+
+def _untested_words() -> list[str]:
     tested = {word.lower() for pairs in word_pairs().values() for a, b, _ in pairs for word in (a, b)}
     words = sorted(set(re.findall(r"[a-z]{3,}", fit_text().lower())) - tested)
     random.Random(0).shuffle(words)
-    half = count // 2
+    return words
+
+
+def _words_and_pairs(words: list[str], half: int) -> list[str]:
     return words[:half] + [" ".join(pair) for pair in zip(words[half : 2 * half], words[2 * half : 3 * half])]
 
 

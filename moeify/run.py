@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moeify.cli import options
+from moeify.cli import flags, options
 from moeify.cli.main import main as run_command
 from moeify.cli.output import only_json, write_json
 from moeify.errors import UnreadableFile, UsageError
@@ -24,10 +24,12 @@ if TYPE_CHECKING:
     from torch import nn
 
     from moeify.cli.run_summary import Answer
+    from moeify.data.examples import Options
     from moeify.distributed.runner_data import Examples
     from moeify.distributed.runner_group import Ranks
-    from moeify.distributed.runner_loss import Loss
-    from moeify.distributed.training import Saving, Schedule
+    from moeify.distributed.runner_loss import Consistency, Loss
+    from moeify.distributed.schedule import Schedule
+    from moeify.distributed.training import Saving
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -35,17 +37,20 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions
 @app.command()
 def run(
     model: Annotated[Path, typer.Argument(metavar="MODEL.pt2", help="What 'moeify convert' wrote.")],
-    data: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="A .txt with --tokenizer, or tensors by input name, an example to a row."),
-    ] = None,
+    data: options.Examples = None,
     tokenizer: Annotated[
         str | None, typer.Option(metavar="PLACE", help="Of a text: its folder, a .gguf file, or 'bytes'.")
     ] = None,
     sequence: Annotated[int, typer.Option(min=2, metavar="N", help="Tokens of a piece of text.")] = 128,
+    image_mean: options.ImageMean = None,
+    image_std: options.ImageStd = None,
     batch: Annotated[int, typer.Option(min=1, metavar="N", help="Examples of all ranks together.")] = 8,
     loss: Annotated[
-        str | None, typer.Option(metavar="pkg.mod:fn", help="fn(output, batch); next tokens where there are any.")
+        str | None,
+        typer.Option(
+            metavar="pkg.mod:fn",
+            help="fn(output, batch).  [next tokens; of classes, an image's folder or the tensor 'labels' in the data]",
+        ),
     ] = None,
     outputs: Annotated[
         Path | None, typer.Option(metavar="FILE.safetensors", help="Write what the model gives for every example.")
@@ -54,6 +59,15 @@ def run(
     rate: Annotated[float, typer.Option("--lr", metavar="X", help="AdamW's learning rate.")] = 1e-4,
     weight_decay: Annotated[float, typer.Option(metavar="X", help="AdamW's.")] = 0.01,
     clip: Annotated[float, typer.Option(metavar="X", help="Largest norm of the gradients, 0 for any.")] = 1.0,
+    consistency: Annotated[
+        float,
+        typer.Option(
+            min=0.0,
+            metavar="X",
+            help="Run each batch twice and add X times how far the two predictions are apart (KL, in nats): for "
+            "routers or dropout that are random in training.",
+        ),
+    ] = 0.0,
     seed: Annotated[int, typer.Option(metavar="N", help="Of the order of examples and of dropout.")] = 0,
     checkpoints: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Where checkpoints are, for any number of ranks.")
@@ -79,6 +93,8 @@ def run(
     """Evaluate or train MODEL with its experts spread over the ranks that torchrun started."""
     from torch.distributed.elastic.multiprocessing.errors import record
 
+    from moeify.data.examples import Options
+    from moeify.distributed import schedule as schedules
     from moeify.distributed import training
 
     if outputs is not None and (steps is not None or outputs.suffix != ".safetensors"):
@@ -89,15 +105,19 @@ def run(
         raise UsageError(f"cannot tell what to write to {write}", hint="end it in .pt2 or .safetensors")
     if data is None and (write is None or steps is not None):
         raise UsageError("there is nothing to run on", hint="give --data FILE")
-    schedule = training.Schedule(steps, batch, rate, weight_decay, clip, seed) if steps is not None else None
+    if consistency and steps is None:
+        raise UsageError("--consistency is for training", hint="give --steps")
+    schedule = schedules.Schedule(steps, batch, rate, weight_decay, clip, seed) if steps is not None else None
     saving = training.Saving(checkpoints, every, keep, resume) if checkpoints is not None else None
 
+    mean, std = flags.numbers("--image-mean", image_mean), flags.numbers("--image-std", image_std)
+    how = Options(tokenizer, sequence, mean, std, batch, seed)
     answer: Answer = {} if as_json else None
 
     def work(ranks: Ranks) -> int:
         code = 0
         if data is not None:
-            task = _task(model, data, tokenizer, sequence, loss, seed, ranks, mode, batch)
+            task = _task(model, data, how, loss, ranks, mode, consistency, schedule is not None)
             if schedule is not None:
                 code = _train(task, ranks, schedule, saving, answer)
             else:
@@ -141,6 +161,7 @@ class _Task:
     examples: Examples
     loss: Loss | None
     ids: str | None
+    consistency: Consistency | None
     fixed: bool  # whether the model takes one number of examples only
     masks: dict[str, str]  # by the path of a block: the input that says what is padding
 
@@ -150,9 +171,9 @@ class _Task:
 
 
 def _task(
-    model: Path, data: Path, tokenizer: str | None, sequence: int, loss: str | None, seed: int, ranks: Ranks,
-    mode: str, batch: int,
-) -> _Task:  # fmt: skip
+    model: Path, data: Path, how: Options, loss: str | None, ranks: Ranks, mode: str, consistency: float, train: bool
+) -> _Task:
+    from moeify.api import train_losses
     from moeify.api.load import read_graph
     from moeify.distributed import runner_data, runner_loss
     from moeify.distributed.binding import bind
@@ -164,8 +185,14 @@ def _task(
     own = runner_loss.user_loss(loss) if loss else None  # before the model is read
     program, metadata = read_graph(model)
     found = language.language_of(program)
-    examples = runner_data.read(data, program, tokenizer, sequence, seed)
-    fixed = runner_data.check_fixed(program.inputs, batch, ranks.size)
+    examples = runner_data.read(data, program, how, model)
+    fixed = runner_data.check_fixed(program.inputs, how.batch, ranks.size)
+    of_labels, two = None, None
+    if train or examples.classes:
+        kinds = train_losses.kinds_of(program, examples, by_labels=own is None)
+        train_losses.check_classes(program, kinds, examples, str(data))
+        of_labels = train_losses.task_loss(program, kinds, examples)
+        two = train_losses.consistency_of(kinds, examples.inputs, consistency) if consistency else None
     report = Report.from_dict(metadata["report"])
     positions = masks_of_blocks(program, {block.anchor: block.path for block in report.blocks})
     masks = {path: program.inputs[position].name for path, position in positions.items()}
@@ -175,8 +202,8 @@ def _task(
     causal = own is None and found is not None and language.is_causal(module, program, found)  # on the CPU's examples
     module.to(ranks.device)
     if causal and found is not None:
-        return _Task(module, examples, found.loss, found.ids, fixed is not None, masks)
-    return _Task(module, examples, own, None, fixed is not None, masks)
+        return _Task(module, examples, found.loss, found.ids, two, fixed is not None, masks)
+    return _Task(module, examples, own or of_labels, None, two, fixed is not None, masks)
 
 
 def _train(task: _Task, ranks: Ranks, schedule: Schedule, saving: Saving | None, answer: Answer) -> int:
@@ -184,11 +211,15 @@ def _train(task: _Task, ranks: Ranks, schedule: Schedule, saving: Saving | None,
     from moeify.distributed import training
 
     if task.loss is None:
-        raise UsageError("the model gives no scores of next tokens to train on", hint="give --loss pkg.mod:function")
+        raise UsageError(
+            "the model gives no scores of next tokens, and the data have no labels for its classes",
+            hint="give --loss pkg.mod:function",
+        )
     with Watch(ranks, schedule.steps, answer) as watch:
         made = training.train(
-            task.module, ranks, task.examples, task.loss, schedule, saving, masks=task.masks, done=watch.step
-        )
+            task.module, ranks, task.examples, task.loss, schedule, saving,
+            masks=task.masks, consistency=task.consistency, done=watch.step,
+        )  # fmt: skip
     watch.trained(made, task.tokens(schedule.batch))
     return _stopped(made.stopped) if made.stopped else 0
 

@@ -1,12 +1,8 @@
-"""The whole way from a file to a verified artefact, and every way it ends early."""
+"""The whole way from a file to a verified artefact, and what loads, trains, compares and reads it."""
 
 from __future__ import annotations
 
-import errno
 import json
-import signal
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
@@ -18,28 +14,10 @@ import moeify
 from moeify import Recipe
 from moeify.api import convert_file, inspect_file, verify_files
 from moeify.api.verify import compare
-from moeify.errors import (
-    BadInputSpec,
-    BadRecipe,
-    NoBlocks,
-    NotDivisible,
-    OutputNotWritten,
-    UnknownName,
-    UnreadableFile,
-    UsageError,
-    VerificationFailed,
-)
+from moeify.errors import BadInputSpec, UnknownName, UnreadableFile
+from tests.encoder_files import SPEC, dense_file
 
-SPEC = ["float32[batch=2,seq=4,16]"]
-
-
-@pytest.fixture(scope="module")
-def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.1, batch_first=True, norm_first=True)
-    path = tmp_path_factory.mktemp("models") / "dense.pt"
-    torch.save(nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval(), path)
-    return path
+dense = pytest.fixture(scope="module")(dense_file)
 
 
 @pytest.fixture(scope="module")
@@ -161,178 +139,6 @@ def test_graph_and_module_form_are_the_same_model() -> None:
         torch.testing.assert_close(graph(x), module(x))
 
 
-@pytest.mark.parametrize(
-    ("fields", "error", "text"),
-    [
-        ({"method": "coppy"}, UnknownName, "there is no method named 'coppy'\n  hint: did you mean 'copy'?"),
-        (
-            {"router": "swich"},
-            UnknownName,
-            "there is no router named 'swich'\n  hint: did you mean 'switch'?",
-        ),
-        ({"blocks": "nowhere.*"}, NoBlocks, None),
-        ({"method": "granular{shards=3}", "experts": 6, "top_k": 3}, NotDivisible, None),
-        ({"router": "switch", "top_k": 2}, BadRecipe, None),
-    ],
-)
-def test_refused_recipes_write_nothing(dense: Path, tmp_path: Path, fields, error, text) -> None:
-    with pytest.raises(error) as caught:
-        convert_file(dense, tmp_path / "o.pt2", Recipe(**fields), inputs=SPEC)
-    if text:
-        assert str(caught.value) == text
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_no_block_shows_the_nearest_misses(tmp_path: Path) -> None:
-    torch.save(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3)), tmp_path / "mlp.pt")
-    with pytest.raises(NoBlocks) as error:
-        convert_file(tmp_path / "mlp.pt", None, Recipe())
-    assert error.value.what.startswith("no feed-forward block to convert; nearest misses:\n    ")
-    assert error.value.exit_code == 1
-
-
-def test_wrong_method_implementation_is_caught_and_nothing_is_written(dense, tmp_path, monkeypatch) -> None:
-    from moeify.experts.drop import Drop
-
-    monkeypatch.setattr(Drop, "exact", True)  # a method that promises what it does not keep
-    with pytest.raises(VerificationFailed) as error:
-        convert_file(dense, tmp_path / "o.pt2", Recipe(method="drop"), inputs=SPEC)
-    assert error.value.what.startswith(
-        "drop with softmax-topk promises to keep the function, and the relative error is "
-    )
-    assert error.value.where == "layers.0"
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("failure", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
-def test_a_failed_write_leaves_what_was_there(dense: Path, tmp_path: Path, monkeypatch, failure) -> None:
-    output = tmp_path / "o.pt2"
-    output.write_bytes(b"precious")
-
-    def half(program, file, **kwargs) -> None:
-        file.write(b"half")
-        raise failure
-
-    monkeypatch.setattr(torch.export, "save", half)
-    with pytest.raises((OutputNotWritten, KeyboardInterrupt)) as error:
-        convert_file(dense, output, Recipe(experts=2), inputs=SPEC)
-    if isinstance(failure, OSError):
-        assert error.value.what == f"cannot write {output}: no space left on device"
-    assert output.read_bytes() == b"precious"
-    assert list(tmp_path.iterdir()) == [output]
-
-
-def test_a_real_file_size_limit(dense: Path, tmp_path: Path) -> None:
-    """The kernel refuses to write more than 8 KiB, as a full disk would. torch alone would end the process."""
-    code = (
-        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
-        "from moeify import Recipe, convert_file\n"
-        "from moeify.errors import OutputNotWritten\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))\n"
-        "try: convert_file(sys.argv[1], sys.argv[2], Recipe(experts=2), inputs=[sys.argv[3]])\n"
-        "except OutputNotWritten as error: print(error.what)"
-    )
-    output = tmp_path / "o.pt2"
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(dense), str(output), SPEC[0]],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.stdout == f"cannot write {output}: file too large\n", done.stderr
-    assert done.returncode == 0, done.stderr
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.fixture
-def handler():
-    """Sets what SIGINT does, which a test run in the background inherits as nothing."""
-    before = signal.getsignal(signal.SIGINT)
-    yield lambda wanted: signal.signal(signal.SIGINT, wanted)
-    signal.signal(signal.SIGINT, before)
-
-
-@pytest.mark.parametrize("wanted", [signal.default_int_handler, signal.SIG_IGN])
-def test_a_ctrl_c_while_writing(dense: Path, tmp_path: Path, monkeypatch, handler, wanted) -> None:
-    output = tmp_path / "o.pt2"
-    output.write_bytes(b"precious")
-    save = torch.export.save
-    handler(wanted)
-
-    def interrupted(program, file, **kwargs) -> None:
-        signal.raise_signal(signal.SIGINT)
-        save(program, file, **kwargs)
-
-    monkeypatch.setattr(torch.export, "save", interrupted)
-    if wanted is signal.SIG_IGN:
-        convert_file(dense, output, Recipe(experts=2), inputs=SPEC)
-        assert output.read_bytes() != b"precious"
-    else:
-        with pytest.raises(KeyboardInterrupt):
-            convert_file(dense, output, Recipe(experts=2), inputs=SPEC)
-        assert output.read_bytes() == b"precious"
-    assert list(tmp_path.iterdir()) == [output]
-    assert signal.getsignal(signal.SIGINT) is wanted
-
-
-def test_outputs_that_cannot_be(dense: Path, tmp_path: Path) -> None:
-    with pytest.raises(OutputNotWritten) as error:
-        convert_file(dense, tmp_path / "no" / "o.pt2", Recipe(), inputs=SPEC)
-    assert error.value.what == f"cannot write {tmp_path}/no/o.pt2: the folder {tmp_path}/no does not exist"
-    folder = tmp_path / "f.pt2"
-    folder.mkdir()
-    for output in (folder, "/"):
-        with pytest.raises(OutputNotWritten) as error:
-            convert_file(dense, output, Recipe(), inputs=SPEC)
-        assert error.value.what == f"cannot write {output}: it is a folder"
-    model = tmp_path / "model.pt2"
-    model.write_bytes(dense.read_bytes())
-    with pytest.raises(UsageError) as error:
-        convert_file(model, model, Recipe(), inputs=SPEC)
-    assert error.value.what == f"the output {model} is the dense model itself"
-    with pytest.raises(UsageError) as error:
-        convert_file(dense, tmp_path / "o.onnx", Recipe(), inputs=SPEC)
-    assert str(error.value) == f"the output {tmp_path}/o.onnx does not end in .pt2\n  hint: write {tmp_path}/o.pt2"
-
-
-def test_data_that_does_not_fit(dense: Path, tmp_path: Path) -> None:
-    torch.save([torch.randn(2, 3, 8)], tmp_path / "d.pt")
-    with pytest.raises(BadInputSpec) as error:
-        convert_file(dense, None, Recipe(), inputs=SPEC, data=tmp_path / "d.pt")
-    assert "has shape (2, 3, 8), the model reads " in error.value.what
-
-
-class Positions(nn.Module):
-    """Runs on eight tokens at most."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.table, self.up, self.down = nn.Embedding(8, 16), nn.Linear(16, 32), nn.Linear(32, 16)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = x + self.table(torch.arange(x.shape[1]))
-        return x + self.down(torch.relu(self.up(x)))
-
-
-def test_data_the_model_does_not_run_on() -> None:
-    model, inputs = Positions(), (torch.randn(2, 4, 16),)
-    with pytest.raises(BadInputSpec) as error:
-        moeify.convert(model, inputs=inputs, data=(torch.randn(2, 9, 16),))
-    assert error.value.what == "the model does not run on the data: index out of range in self"
-    with pytest.raises(BadInputSpec) as error:
-        moeify.convert(model, inputs=inputs, data=(torch.randn(2, 9),))
-    assert error.value.what.startswith("data: x has shape (2, 9), the model reads x=float32[")
-
-
-def test_a_proof_on_nothing_but_nan_is_none() -> None:
-    model, inputs = Positions(), (torch.randn(2, 4, 16),)
-    with pytest.raises(VerificationFailed) as error:
-        moeify.convert(model, inputs=inputs, data=(torch.full((2, 4, 16), 3e38),))  # finite, and its sums are not
-    assert error.value.what == (
-        "the dense model gives nothing but NaN and infinity on these inputs, so nothing can be compared"
-    )
-
-
 def test_a_converted_archive_is_not_converted_again(converted: Path) -> None:
     with pytest.raises(UnreadableFile) as error:
         convert_file(converted, None, Recipe())
@@ -382,12 +188,3 @@ def test_print_after_and_dump_dir(dense: Path, tmp_path: Path) -> None:
     with pytest.raises(UnknownName) as error:
         convert_file(dense, None, Recipe(), inputs=SPEC, print_after=["find"])
     assert error.value.what == "there is no pass named 'find'"
-
-
-def test_convert_in_python_refuses_nonsense() -> None:
-    with pytest.raises(UsageError) as error:
-        moeify.convert(nn.Linear(2, 2), form="onnx")
-    assert str(error.value) == "there is no form 'onnx'\n  hint: choose 'module' or 'graph'"
-    with pytest.raises(UsageError) as error:
-        moeify.convert(nn.Linear(2, 2), Recipe(), experts=3)
-    assert str(error.value) == "give a recipe or its fields, not both"

@@ -23,6 +23,9 @@ def test_words_that_are_fitted_to_are_in_no_test(monkeypatch) -> None:
     assert len(words) == 4
     assert [len(text.split()) for text in words] == [1, 1, 2, 2]
     assert {"tiger", "cat"}.isdisjoint(" ".join(words).split())
+    held = split_data.held_out_words(2)
+    assert [len(text.split()) for text in held] == [1, 2]
+    assert set(" ".join(split_data.fit_words(4)).split()).isdisjoint(" ".join(held).split())
 
 
 def test_recipes_have_the_share_that_they_are_named_after() -> None:

@@ -98,6 +98,9 @@ def test_training_is_random_and_eval_is_not(name):
     graph.train()
     assert not torch.equal(graph(x)[0], graph(x)[0])
     assert torch.equal(graph.eval()(x)[0], graph(x)[0])
+    expected = graph(x)[0]
+    graph.drop_dropout()
+    torch.testing.assert_close(graph.train()(x)[0], expected)
 
 
 def test_dropout_drops_the_right_share():

@@ -155,3 +155,21 @@ def test_refuses_a_graph_whose_router_is_another(dense):
         pass
     assert "where the router has aten.sort.stable" in str(error.value)
     assert "at: layers.0" in str(error.value)
+
+
+@pytest.mark.parametrize("form", ["module", "graph"])
+def test_a_copy_is_observed_on_its_own(dense, form):
+    """As EMA and best-so-far copies are made. The rl router has parameters that only its loss reads."""
+    recipe = moeify.Recipe(experts=4, top_k=2, router="rl", router_losses=("switch", "reinforce"))
+    model = moeify.convert(copy.deepcopy(dense), recipe, inputs=(torch.randint(30, (2, 5)),), form=form)
+    twin = copy.deepcopy(model.train())
+    assert twin.training
+    assert twin.state_dict().keys() == model.state_dict().keys()
+    assert twin.moeify_report.recipe == model.moeify_report.recipe
+    ids = torch.randint(30, (3, 4))
+    twin(ids)
+    found = moeify.losses(twin, reward=torch.ones(12))
+    found.total.backward()
+    assert all(parameter.grad is None for parameter in model.parameters())
+    with pytest.raises(UsageError, match="no router has run since"):
+        moeify.losses(model)

@@ -18,7 +18,7 @@ from moeify.experts.split_energy import ascend, choose, deal, unit_energy
 from moeify.ir.hidden import hidden
 from moeify.ir.recipe import BlockRecipe
 from tests import profiles
-from tests.test_splits import WIDTH, block, dense, material
+from tests.split_blocks import WIDTH, block, dense, material
 
 
 def random_energy(tokens: int, units: int, seed: int) -> Tensor:

@@ -16,7 +16,7 @@ import moeify
 from moeify.api.train_options import TrainOptions, read_table
 from moeify.cli.main import main
 from moeify.distributed import checkpoint_folder
-from moeify.distributed.training import Schedule
+from moeify.distributed.schedule import Schedule
 from moeify.errors import BadInputSpec, BadOption, BadRecipe, UsageError
 from moeify.training.only import train_only
 from tests import train_work
@@ -246,12 +246,22 @@ def test_the_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
         ("[train]\nstep = 3", "has no field 'step'"),
         ("[train]\nsteps = '3'", "steps is '3', which is of another type"),
         ("[train]\nrouter-losses = 'z'", "router-losses is 'z', which is of another type"),
+        ("[train]\nimage-mean = ['z']", "image-mean is ['z'], which is of another type"),
     ],
 )
 def test_a_file_of_options_that_is_wrong(tmp_path: Path, text: str, error: str) -> None:
     (tmp_path / "recipe.toml").write_text(text)
     with pytest.raises(BadRecipe, match=re.escape(error)):
         read_table(tmp_path / "recipe.toml")
+
+
+def test_lists_in_a_file_and_in_a_checkpoint(tmp_path: Path) -> None:
+    """A run that goes on holds what it is told against JSON."""
+    (tmp_path / "recipe.toml").write_text("[train]\nrouter-losses = ['z']\nimage-mean = [0.5, 1]\n")
+    told = read_table(tmp_path / "recipe.toml")
+    assert told == {"router_losses": ("z",), "image_mean": (0.5, 1)}
+    facts = TrainOptions(**told).facts()
+    assert json.loads(json.dumps(facts)) == facts
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,9 @@ _SPLIT = "standard ONNX: rows split by expert, one pair of Gemm nodes an expert"
 
 @dataclass(frozen=True)
 class OnnxRuntime(Deployment):
-    """ONNX at opset 23 for ONNX Runtime: standard operators on the CPU, com.microsoft.MoE and QMoE on CUDA."""
+    """ONNX at opset 23 for ONNX Runtime: standard operators or moeify's fused kernel on the CPU, com.microsoft.MoE and
+    QMoE on CUDA.
+    """
 
     name = "onnxruntime"
     TITLE: ClassVar[str] = "ONNX Runtime"

@@ -157,9 +157,11 @@ def convert(
     check_names(recipe)
     given = UserData(data, profile, Options(str(tokenizer) if tokenizer else None, sequence, seed=recipe.seed))
     given.check()
+    started = time.perf_counter()
     program = frontend.capture(model, inputs)
     program.recipe = recipe
     report = rewrite(program, given, type(model).__name__, Silent(), Dumps())
+    report.seconds = time.perf_counter() - started
     if form == "graph":
         from moeify.api.load import trainable
 

@@ -14,10 +14,12 @@ from torch import Tensor
 from moeify.api.convert import check_output
 from moeify.api.progress import Progress, Silent
 from moeify.api.train_heldout import HeldOut
+from moeify.api.train_losses import has_labels
 from moeify.api.train_options import TrainOptions
 from moeify.api.train_report import TrainReport
 from moeify.api.train_task import Data, Dense, Task, task_of
 from moeify.api.train_writing import copy_weights, write_trained
+from moeify.data.tensors import LABELS
 from moeify.distributed import training
 from moeify.distributed.training import Saving, Trained
 from moeify.errors import Refused, RuntimeUnavailable, UsageError
@@ -38,9 +40,10 @@ def train(
 
         moeify.train("split.pt2", "text.txt", "trained.pt2", tokenizer="bytes", teacher=dense, steps=200, lr=3e-4)
 
-    ``data`` and ``test`` are paths of a text or of tensors, or tensors by name whose rows are examples. ``teacher`` is
-    the dense module or its file. ``options`` are the fields of ``TrainOptions``. Without ``checkpoints`` none are kept
-    where there is no output, otherwise in ``OUTPUT.checkpoints`` until the output is written.
+    ``data`` and ``test`` are paths of a text, a folder of images or tensors, or tensors by name whose rows are
+    examples. ``teacher`` is the dense module or its file. ``options`` are the fields of ``TrainOptions``. Without
+    ``checkpoints`` none are kept where there is no output, otherwise in ``OUTPUT.checkpoints`` until the output is
+    written.
 
     SIGTERM and SIGINT end the run after a step, with a checkpoint: ``report.run.stopped`` says so, and nothing is
     written. Raises what reading the model and the data raises, UsageError where there is nothing to train on,
@@ -100,12 +103,12 @@ def train_file(
 
     run = training.train(
         task.module, task.ranks, task.examples, task.loss, options.schedule(), saving,
-        masks=task.masks, facts=task.facts, begun=measure, done=after,
+        masks=task.masks, consistency=task.consistency, facts=task.facts, begun=measure, done=after,
     )  # fmt: skip
     task.module.eval()
     report = TrainReport(
         str(model), str(device), task.loss_is, task.examples.count, task.tokens * options.batch,
-        task.trained, task.parameters, run, task.module, held_out, notes=task.notes,
+        task.trained, task.parameters, run, task.module, task.examples.classes, held_out, notes=task.notes,
     )  # fmt: skip
     if not run.stopped:
         found, report.routing = _in_the_end(task, run.steps, report.notes)
@@ -154,8 +157,15 @@ def _in_the_end(task: Task, steps: int, notes: list[str]) -> tuple[HeldOut, Rout
     some that are not."""
 
     def before(batch: Mapping[str, Tensor]) -> None:
-        seen.next(mask={block: batch[name] for block, name in task.masks.items()})
+        labels = batch[LABELS] if labelled else None
+        masks = {block: batch[name] for block, name in task.masks.items()}
+        seen.next(mask=masks, labels=task.labels.of(batch, labels))
 
+    examples = task.routed.examples
+    labelled = has_labels(examples)
+    if not examples.count:
+        notes.append("the routers were not watched: there are too few examples for a batch")
+        return task.routed.measure(task.module, steps), None
     try:
         with routing(task.module) as seen:
             return task.routed.measure(task.module, steps, before), seen.report()

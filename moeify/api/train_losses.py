@@ -6,27 +6,63 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
 
-from moeify.api.output_kinds import PREDICTIONS, OutputKind
+from moeify.api.output_kinds import PREDICTIONS, OutputKind, output_kinds
 from moeify.api.train_teacher import Teacher
+from moeify.data.tensors import LABELS
 from moeify.distributed.runner_data import Examples
-from moeify.distributed.runner_loss import Loss
+from moeify.distributed.runner_loss import Consistency, Loss
 from moeify.errors import BadInputSpec, BadOption
 from moeify.ir.language import language_of
 from moeify.ir.program import Program, flat
+from moeify.training.consistency import divergences
 
-LABELS = "labels"  # the tensor of the data, beside the inputs, that holds the right classes
 IGNORED = -100  # a label of what does not count, as in torch
+
+
+def has_labels(examples: Examples) -> bool:
+    """Whether the data say, beside the inputs, what class an example or a token is of."""
+    labels = examples.tensors.get(LABELS)
+    return labels is not None and not labels.is_floating_point() and LABELS not in examples.inputs
+
+
+def kinds_of(program: Program, examples: Examples, by_labels: bool) -> list[OutputKind]:
+    """Of the model's outputs; labels say that an output [batch, classes] is scores. Raises BadOption where they are
+    there and no output is that."""
+    kinds = output_kinds(program, classes=False)
+    if not by_labels or not has_labels(examples) or any(one.kind in PREDICTIONS for one in kinds):
+        return kinds
+    return output_kinds(program, classes=True)
 
 
 def classes_of(kinds: Sequence[OutputKind], examples: Examples) -> int | None:
     """The position of the output that the labels of the data are of; None where there are no labels or no scores."""
-    labels = examples.tensors.get(LABELS)
-    if labels is None or labels.is_floating_point() or LABELS in examples.inputs:
+    if not has_labels(examples):
         return None
     return next((position for position, one in enumerate(kinds) if one.kind == "classes"), None)
+
+
+def check_classes(program: Program, kinds: Sequence[OutputKind], examples: Examples, source: str) -> list[str]:
+    """Notes on the classes of a folder of images and the scores that are held against them. Raises BadInputSpec where
+    there are fewer scores than classes."""
+    position = classes_of(kinds, examples)
+    if position is None or not examples.classes:
+        return []
+    leaves = tree_leaves(program.graph.output_node().args[0])
+    values = [leaf.meta["val"] for leaf in leaves if isinstance(leaf, fx.Node)]
+    scores = [value for value in values if isinstance(value, Tensor)][position].shape[-1]
+    if len(examples.classes) > scores:
+        raise BadInputSpec(
+            f"{source} has {len(examples.classes)} classes and the model scores for {scores}: none for "
+            f"{examples.classes[scores]!r}, which is number {scores} from 0",
+            hint="the sub-folders are the classes, in the order of their names: leave some out",
+        )
+    if len(examples.classes) < scores:
+        return [f"{source} has {len(examples.classes)} classes: they are the first of the model's {scores} scores"]
+    return []
 
 
 def task_loss(program: Program, kinds: Sequence[OutputKind], examples: Examples) -> Loss | None:
@@ -99,6 +135,27 @@ def mixed(first: Loss, second: Loss, weight: float) -> Loss:
         return mean * counted, float(counted)
 
     return loss
+
+
+def consistency_of(kinds: Sequence[OutputKind], inputs: Sequence[str], weight: float) -> Consistency:
+    """The symmetric KL divergence of the predictions of two forward passes, of all outputs that predict something and
+    without rows of padding; ``inputs`` are the model's, by name. Raises BadOption for a model that predicts nothing.
+    """
+    predicts = [(position, one) for position, one in enumerate(kinds) if one.kind in PREDICTIONS]
+    if not predicts:
+        raise BadOption(
+            "the outputs of the model predict nothing, so two passes have nothing to be consistent in",
+            hint="scores are of next tokens, of classes that the data have labels of, or an output named logits",
+        )
+
+    def divergence(first: Any, second: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        sums = [
+            divergences(*(_rows(flat(output)[position], one, batch, inputs) for output in (first, second)))
+            for position, one in predicts
+        ]
+        return torch.stack([total for total, _ in sums]).sum(), torch.stack([count for _, count in sums]).sum()
+
+    return Consistency(weight, divergence)
 
 
 def _rows(value: Tensor, kind: OutputKind, batch: Mapping[str, Tensor], inputs: Sequence[str]) -> Tensor:

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
-from moeify.distributed.training import Schedule
+from moeify.distributed.schedule import Schedule
 from moeify.errors import BadOption, BadRecipe, UnreadableFile
 
 TABLE = "train"  # of a recipe file
@@ -26,8 +26,9 @@ _FREE = (
 @dataclass(frozen=True)
 class TrainOptions:
     """See ``moeify train --help``. Without a ``warmup`` it is a twentieth of the steps, without a ``device`` the GPU if
-    there is one. ``router_losses`` take the place of those of the model's recipe. ``factory`` and ``allow`` are of the
-    teacher's file.
+    there is one. ``image_mean`` and ``image_std`` have a value for each channel, or one for all. ``router_losses`` take
+    the place of those of the model's recipe. ``consistency`` is the weight of what two forward passes of a batch differ
+    by, 0 for one pass. ``factory`` and ``allow`` are of the teacher's file.
     """
 
     data: str | None = None
@@ -36,6 +37,8 @@ class TrainOptions:
     test_examples: int = 64
     tokenizer: str | None = None
     sequence: int = 128
+    image_mean: tuple[float, ...] | None = None
+    image_std: tuple[float, ...] | None = None
     loss: str | None = None
     steps: int = 1000
     batch: int = 8
@@ -52,6 +55,8 @@ class TrainOptions:
     distill: str | None = None
     distill_weight: float = 1.0
     temperature: float = 1.0
+    consistency: float = 0.0
+    dropout: bool = True
     amp: bool = False
     device: str | None = None
     eval_every: int = 0
@@ -67,6 +72,8 @@ class TrainOptions:
             raise BadOption(f"test-part is {self.test_part:g}: it must be at least 0 and below 1")
         if min(self.test_examples, self.save_every, self.keep) < 1 or self.eval_every < 0 or self.sequence < 2:
             raise BadOption("test-examples, save-every and keep must be at least 1, eval-every 0, sequence 2")
+        if self.consistency < 0:
+            raise BadOption(f"the weight of the consistency is {self.consistency:g}: it must not be negative")
         if not 0 < self.distill_weight <= 1 or self.temperature <= 0:
             raise BadOption("distill-weight must be above 0 and at most 1, and the temperature above 0")
         for name, known in (("only", ONLY), ("distill", (None, *DISTANCES))):
@@ -88,7 +95,8 @@ class TrainOptions:
         facts = dataclasses.asdict(self)
         if self.decay == "constant" and self.warmup is not None:
             del facts["steps"]
-        return {flag(name): value for name, value in facts.items() if name not in _FREE and value is not None}
+        told = {name: list(value) if isinstance(value, tuple) else value for name, value in facts.items()}  # as in JSON
+        return {flag(name): value for name, value in told.items() if name not in _FREE and value is not None}
 
 
 def flag(name: str) -> str:
@@ -118,11 +126,15 @@ def _typed(path: str | Path, name: str, value: Any) -> Any:
             f"[{TABLE}] of {path} has no field {name!r}", hint=f"its fields: {', '.join(sorted(map(flag, kinds)))}"
         )
     kinds_here = get_args(kind) if isinstance(kind, UnionType) else (kind,)
-    if isinstance(value, list) and all(isinstance(one, str) for one in value):
-        if any(get_origin(one) is tuple for one in kinds_here):
+    lists = [get_args(one)[0] for one in kinds_here if get_origin(one) is tuple]
+    if isinstance(value, list):
+        if any(all(_is(one, of) for one in value) for of in lists):
             return tuple(value)
-    elif type(value) in kinds_here:
-        return value
-    elif type(value) is int and float in kinds_here:
-        return float(value)
+    elif any(isinstance(one, type) and _is(value, one) for one in kinds_here):
+        return float(value) if type(value) is int and int not in kinds_here else value
     raise BadRecipe(f"[{TABLE}] of {path}: {name} is {value!r}, which is of another type")
+
+
+def _is(value: Any, kind: type) -> bool:
+    """Of the type, as TOML has it: a whole number is a float too, and true is no number."""
+    return type(value) is kind or (kind is float and type(value) is int)

@@ -17,7 +17,8 @@ from moeify.training.routing_report import RoutingReport
 class TrainReport:
     """``run`` has the figures of every step, ``held_out`` those before, at every eval-every steps and after, and
     ``routing`` is what the routers do in the end; None for a run that was stopped. ``loss_is`` says in words what the
-    losses of the steps are. ``module`` is the trained model, in evaluation, on the device it was trained on.
+    losses of the steps are, ``classes`` what the labels of a folder of images are called. ``module`` is the trained
+    model, in evaluation, on the device it was trained on.
     """
 
     model: str
@@ -29,6 +30,7 @@ class TrainReport:
     parameters: int
     run: Trained
     module: nn.Module = field(repr=False)
+    classes: tuple[str, ...] = ()
     held_out: list[HeldOut] = field(default_factory=list)
     routing: RoutingReport | None = None
     output: str | None = None
@@ -49,12 +51,14 @@ class TrainReport:
             "device": self.device,
             "loss_is": self.loss_is,
             "examples": self.examples,
+            "classes": list(self.classes),
             "trained_parameters": self.trained_parameters,
             "parameters": self.parameters,
             "first_step": run.first + 1,
             "steps": run.steps,
             "losses": run.losses,
             "router_losses": run.router_losses,
+            "consistency": run.consistency,
             "learning_rates": run.rates,
             "gradient_norms": run.norms,
             "seconds_per_step": per_step,

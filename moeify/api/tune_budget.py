@@ -56,7 +56,8 @@ class Budget:
         return flops(block, choice, self.around.rows[block.anchor])
 
     def _seconds(self, block: Block, choice: Choice) -> float:
-        return seconds(block, choice, self.around.rows[block.anchor], self.goal.threads)
+        lowerings = self.around.lowerings[block.anchor]
+        return seconds(block, choice, self.around.rows[block.anchor], self.goal.threads, lowerings)
 
 
 def choices_of(groups: Sequence[Group], budget: Budget, at: int, profile: Profile) -> list[BlockChoice]:

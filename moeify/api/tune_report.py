@@ -97,8 +97,8 @@ class FrontierPoint:
 class TuneReport:
     """``frontier`` goes from dense to the least work. ``goal`` is ``keep``, ``speedup`` or ``flops``; ``measure`` is
     what ``keep`` and ``quality`` are of, ``speedup`` the dense model's time over the converted one's at ``time_tokens``
-    tokens. ``rows`` are rows of a block, fitted to, chosen by and tested on; ``stages`` the seconds of each part of the
-    work.
+    tokens on ``threads`` (None: all cores), ``lowerings`` what ran its blocks where that was measured. ``rows`` are
+    rows of a block, fitted to, chosen by and tested on; ``stages`` the seconds of each part of the work.
     """
 
     model: str
@@ -108,7 +108,9 @@ class TuneReport:
     quality: float
     speedup: float
     speedup_measured: bool
+    lowerings: list[str]
     time_tokens: int
+    threads: int | None
     flops: float
     blocks: list[BlockChoice]
     frontier: list[FrontierPoint]

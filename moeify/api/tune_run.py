@@ -178,7 +178,7 @@ class Tuning:
         self.stages.stage("exporting the dense model to ONNX Runtime")
         try:
             with self.stages.of("time"):
-                return Clock(self.program, inputs, self.goal.threads)
+                return Clock(self.program, inputs, self.goal.time_tokens, self.goal.threads)
         except NotExportable as error:
             notes.append(f"not timed: {error.what}")
             return nullcontext()

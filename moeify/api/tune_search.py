@@ -107,7 +107,7 @@ class Search:
     def _refusal(self) -> Refused:
         tried = "; ".join(
             f"{self._flops(at):.1%} of the FLOPs: {self._measure} {trial.quality:.4f}, "
-            f"{1 / self._time(at):.2f} x the speed ({'measured' if trial.time is not None else 'expected'})"
+            f"{1 / self._time(at):.2f} x the speed ({'measured' if trial.timed is not None else 'expected'})"
             for at, trial in sorted(self.done.items())
         )
         if self._goal.keep is not None:
@@ -118,8 +118,8 @@ class Search:
         return Refused(f"no split that was tried {what}. Of the dense feed-forward blocks' {tried}", hint=hint)
 
     def _time(self, at: int) -> float:
-        measured = self.done[at].time if at in self.done else None
-        return measured if measured is not None else self._budget.time(self._budget.points[at])
+        timed = self.done[at].timed if at in self.done else None
+        return timed.ratio if timed is not None else self._budget.time(self._budget.points[at])
 
     def report(
         self, at: int, model: str, source: str, tested: str, rows: dict[str, int], blocks: list[BlockChoice]
@@ -136,7 +136,7 @@ class Search:
                     expected_quality=quality_at(self._measure, point.loss * factor),
                     expected_time=budget.time(point),
                     quality=None if trial is None else trial.quality,
-                    measured_time=None if trial is None else trial.time,
+                    measured_time=None if trial is None or trial.timed is None else trial.timed.ratio,
                     chosen=number == at,
                 )
             )
@@ -147,8 +147,10 @@ class Search:
             measure=self._measure,
             quality=chosen.quality,
             speedup=1.0 / self._time(at),
-            speedup_measured=chosen.time is not None,
+            speedup_measured=chosen.timed is not None,
+            lowerings=[] if chosen.timed is None else list(chosen.timed.lowerings),
             time_tokens=goal.time_tokens,
+            threads=goal.threads,
             flops=budget.flops(budget.points[at]),
             blocks=blocks,
             frontier=points,

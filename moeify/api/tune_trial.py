@@ -16,7 +16,7 @@ from moeify.api.quality_report import OutputQuality
 from moeify.api.quality_runs import MixtureRun, Record, Records
 from moeify.api.tune_report import kept
 from moeify.api.tune_stages import Stages
-from moeify.api.tune_time import Clock
+from moeify.api.tune_time import Clock, Timed
 from moeify.api.user_data import UserData
 from moeify.data import tensors
 from moeify.errors import NotExportable, Refused
@@ -29,8 +29,8 @@ from moeify.tuning.likelihood import Predicted
 
 @dataclass
 class Trial:
-    """A conversion with what was measured of it on ``rows`` of a block. ``time`` is over the dense model's, None where
-    it was not taken; ``program`` is None when a better one was found.
+    """A conversion with what was measured of it on ``rows`` of a block. ``timed`` is None where it was not timed;
+    ``program`` is None when a better one was found.
     """
 
     program: Program | None
@@ -39,7 +39,7 @@ class Trial:
     outputs: list[OutputQuality]
     quality: float
     rows: int
-    time: float | None
+    timed: Timed | None
 
 
 @dataclass
@@ -79,13 +79,13 @@ class Trials:
             yield tensors.fit(record.inputs, program.inputs, "the test data"), record
             self.stages.advance()
 
-    def _time(self, program: Program) -> float | None:
+    def _time(self, program: Program) -> Timed | None:
         if self.clock is None:
             return None
         self.stages.stage("timing in ONNX Runtime")
         try:
             with self.stages.of("time"):
-                return self.clock.ratio(program)
+                return self.clock.time(program)
         except NotExportable as error:
             self.notes.append(f"not timed: {error.what}")
             self.clock = None

@@ -34,13 +34,19 @@ def inspect(
     ] = None,
     routing: Annotated[
         Path | None,
-        typer.Option(metavar="DATA", help="Run a converted FILE on data and show what its routers do."),
+        typer.Option(
+            metavar="DATA",
+            help="Run a converted FILE on a .txt, a folder of images or tensors and show what its routers do, and what "
+            "experts tell of the labels: an image's sub-folder, the tensor 'labels', or of a text the tokens.",
+        ),
     ] = None,
     plot: Annotated[
         Path | None, typer.Option(metavar="OUT.png", help="With --routing: the loads and agreements as a picture.")
     ] = None,
     tokenizer: options.Tokenizer = None,
     sequence: options.Sequence = None,
+    image_mean: options.ImageMean = None,
+    image_std: options.ImageStd = None,
     tokens: Annotated[
         int, typer.Option(min=1, metavar="N", help="With --routing: rows of a block after which it stops.")
     ] = 8192,
@@ -64,10 +70,19 @@ def inspect(
 ) -> None:
     """Show what convert would do with a dense model, or what it did to a converted one."""
     if routing is not None:
-        _routing(file, routing, plot, tokenizer, sequence, tokens, as_json)
+        reading = {
+            "tokenizer": tokenizer,
+            "sequence": sequence,
+            "image_mean": flags.numbers("--image-mean", image_mean),
+            "image_std": flags.numbers("--image-std", image_std),
+        }
+        _routing(file, routing, plot, reading, tokens, as_json)
         return
-    if plot is not None or tokenizer is not None or sequence is not None:
-        raise UsageError("--plot, --tokenizer and --sequence go with --routing", hint="add --routing DATA")
+    if any(one is not None for one in (plot, tokenizer, sequence, image_mean, image_std)):
+        raise UsageError(
+            "--plot, --tokenizer, --sequence, --image-mean and --image-std go with --routing",
+            hint="add --routing DATA",
+        )
     recipe = flags.recipe(
         recipe_file,
         overrides,
@@ -108,9 +123,8 @@ def inspect(
         screen.line(f"wrote {path}")
 
 
-def _routing(
-    file: str, data: Path, plot: Path | None, tokenizer: str | None, sequence: int | None, tokens: int, as_json: bool
-) -> None:
+def _routing(file: str, data: Path, plot: Path | None, reading: dict[str, Any], tokens: int, as_json: bool) -> None:
+    """``reading`` are fields of ``Options``."""
     from moeify.api.routing import routing_file
     from moeify.cli import routing_summary
     from moeify.data.examples import Options
@@ -120,11 +134,11 @@ def _routing(
 
         plots.check(plot)
     with only_json(as_json):
-        found = routing_file(Path(file), data, options=Options(tokenizer, sequence), tokens=tokens)
+        found = routing_file(Path(file), data, options=Options(**reading), tokens=tokens)
     if plot is not None:
         from moeify.cli import routing_chart
 
-        routing_chart.draw(found.report, plot)
+        routing_chart.draw(found.report, plot, found.classes)
     if as_json:
         write_json(found.to_dict())
         return

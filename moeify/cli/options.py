@@ -36,6 +36,15 @@ ImageMean = Annotated[
     str | None, typer.Option(metavar="X,X,X", help="Of images, from 0 to 1.  [preprocessor_config.json, or 0.5]")
 ]
 ImageStd = Annotated[str | None, typer.Option(metavar="X,X,X", help="Of images.  [preprocessor_config.json, or 0.5]")]
+Examples = Annotated[
+    Path | None,
+    typer.Option(
+        "--data",
+        metavar="DATA",
+        help="A .txt with --tokenizer, a folder of images (a sub-folder for each class), or tensors by input name, an "
+        "example to a row.",
+    ),
+]
 Profile = Annotated[
     Path | None, typer.Option(metavar="FILE", help="What 'moeify profile' wrote, instead of profiling the data.")
 ]

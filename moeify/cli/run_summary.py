@@ -67,6 +67,7 @@ class Watch:
             "steps": made.steps,
             "losses": made.losses,
             "router_losses": made.router_losses,
+            "consistency": made.consistency,
             "gradient_norms": made.norms,
             "seconds_per_step": seconds,
             "tokens_per_second": tokens / seconds if tokens else None,
@@ -82,6 +83,9 @@ class Watch:
         screen.paragraph("loss", f"{made.losses[0]:.4f} to {made.losses[-1]:.4f}", column=_COLUMN, style="bold")
         for name, values in made.router_losses.items():
             screen.paragraph(f"{name} loss", f"{values[0]:.4g} to {values[-1]:.4g}", column=_COLUMN)
+        if made.consistency:
+            text = f"{made.consistency[0]:.4g} to {made.consistency[-1]:.4g} nats between two passes"
+            screen.paragraph("consistency", text, column=_COLUMN)
         rate = f", {tokens / seconds:.0f} tokens/s" if tokens else ""
         screen.paragraph("speed", f"{seconds:.2f} s per step{rate}, on {self._ranks} ranks", column=_COLUMN)
         if made.saved is not None:

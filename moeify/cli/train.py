@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from moeify.cli import options
+from moeify.cli import flags, options
 from moeify.cli.convert import default_output
 from moeify.cli.output import Screen, only_json, write_json
 
@@ -19,12 +19,9 @@ def train(
         Path | None,
         typer.Option("--output", "-o", metavar="OUT.pt2", help="What to write.  [MODEL's name with .trained.pt2]"),
     ] = None,
-    data: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="A .txt with --tokenizer, or tensors by input name, an example to a row."),
-    ] = None,
+    data: options.Examples = None,
     test: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="To measure on, read as --data is.  [a part of --data]")
+        Path | None, typer.Option(metavar="DATA", help="To measure on, read as --data is.  [a part of --data]")
     ] = None,
     test_part: Annotated[
         float | None,
@@ -37,10 +34,13 @@ def train(
         str | None, typer.Option(metavar="PLACE", help="Of a text: its folder, a .gguf file, or 'bytes'.")
     ] = None,
     sequence: options.Sequence = None,
+    image_mean: options.ImageMean = None,
+    image_std: options.ImageStd = None,
     loss: Annotated[
         str | None,
         typer.Option(
-            metavar="pkg.mod:fn", help="fn(output, batch).  [next tokens; of classes, the tensor 'labels' in the data]"
+            metavar="pkg.mod:fn",
+            help="fn(output, batch).  [next tokens; of classes, an image's folder or the tensor 'labels' in the data]",
         ),
     ] = None,
     teacher: Annotated[
@@ -56,6 +56,14 @@ def train(
     ] = None,
     temperature: Annotated[
         float | None, typer.Option(metavar="T", help="That both models' scores are divided by, for kl.  [1]")
+    ] = None,
+    consistency: Annotated[
+        float | None,
+        typer.Option(
+            metavar="X",
+            help="Run each batch twice and add X times how far the two predictions are apart (KL, in nats): for "
+            "routers or dropout that are random in training.  [0]",
+        ),
     ] = None,
     only: Annotated[
         str | None,
@@ -83,6 +91,13 @@ def train(
     ] = None,
     seed: Annotated[
         int | None, typer.Option(metavar="N", help="Of the order of the examples and of dropout.  [0]")
+    ] = None,
+    dropout: Annotated[
+        bool | None,
+        typer.Option(
+            "--dropout/--no-dropout",
+            help="The model's own dropout. Without it a split comes closer to its teacher in few steps.  [on]",
+        ),
     ] = None,
     amp: Annotated[
         bool | None, typer.Option("--amp/--no-amp", help="Compute in bfloat16 where that is safe (autocast).")
@@ -117,10 +132,12 @@ def train(
     """Train a converted model, on a task or to do what the dense model does, and write OUT.pt2."""
     given: dict[str, Any] = {
         "data": data, "test": test, "test_part": test_part, "test_examples": test_examples, "tokenizer": tokenizer,
-        "sequence": sequence, "loss": loss, "teacher": teacher, "distill": distill, "distill_weight": distill_weight,
-        "temperature": temperature, "only": only, "router_losses": tuple(router_losses) or None, "steps": steps,
+        "sequence": sequence, "image_mean": flags.numbers("--image-mean", image_mean),
+        "image_std": flags.numbers("--image-std", image_std), "loss": loss, "teacher": teacher, "distill": distill,
+        "distill_weight": distill_weight, "temperature": temperature, "consistency": consistency, "only": only,
+        "router_losses": tuple(router_losses) or None, "steps": steps,
         "batch": batch, "accumulate": accumulate, "lr": lr, "warmup": warmup, "decay": decay,
-        "weight_decay": weight_decay, "clip": clip, "seed": seed, "amp": amp, "device": device,
+        "weight_decay": weight_decay, "clip": clip, "seed": seed, "dropout": dropout, "amp": amp, "device": device,
         "eval_every": eval_every, "checkpoints": checkpoints, "save_every": save_every, "keep": keep,
         "factory": factory, "allow": tuple(allow) or None,
     }  # fmt: skip
@@ -128,8 +145,8 @@ def train(
     from moeify.api.train_options import TrainOptions, read_table
     from moeify.cli import plots, train_chart, train_summary
 
-    flags = {name: str(v) if isinstance(v, Path) else v for name, v in given.items() if v is not None}
-    told = TrainOptions(**{**(read_table(recipe) if recipe is not None else {}), **flags})
+    said = {name: str(v) if isinstance(v, Path) else v for name, v in given.items() if v is not None}
+    told = TrainOptions(**{**(read_table(recipe) if recipe is not None else {}), **said})
     if plot is not None:
         plots.check(plot)
     target = output or default_output(str(model), "trained.pt2")

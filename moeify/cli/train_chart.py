@@ -29,6 +29,8 @@ def draw(report: TrainReport, path: Path) -> None:
     losses.plot(steps, run.losses, linewidth=0.8, label=report.loss_is)
     for name, values in run.router_losses.items():
         losses.plot(steps, values, linewidth=0.8, label=f"{name} loss")
+    if run.consistency:
+        losses.plot(steps, run.consistency, linewidth=0.8, label="consistency, nats")
     if held_out:
         losses.plot(*zip(*held_out), "o-", label="held out: loss of the task")
     losses.set_ylabel("loss")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from moeify.cli import label_summary
 from moeify.cli.figures import count, table
 from moeify.cli.output import Screen
 from moeify.cli.progress import Bars
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from moeify.distributed.training import Trained
 
 _COLUMN = 13
+_CLASSES = 20  # that are named
 
 
 class Watch:
@@ -60,6 +62,10 @@ def show(screen: Screen, report: TrainReport) -> None:
     _say(screen, "loss", f"{number(run.losses[0])} to {number(run.losses[-1])} ({report.loss_is})")
     for name, values in run.router_losses.items():
         _say(screen, f"{name} loss", f"{values[0]:.4g} to {values[-1]:.4g}")
+    if run.consistency:
+        _say(screen, "consistency", f"{run.consistency[0]:.4g} to {run.consistency[-1]:.4g} nats between two passes")
+    if report.classes:
+        _say(screen, "classes", f"{', '.join(report.classes[:_CLASSES])}{' ...' if report.classes[_CLASSES:] else ''}")
     _say(screen, "trained", f"{count(report.trained_parameters)} of {count(report.parameters)} parameters")
     if report.routing is not None:
         blocks = report.routing.blocks
@@ -68,6 +74,9 @@ def show(screen: Screen, report: TrainReport) -> None:
             values = [getattr(one, name) for one in blocks]
             said.append(f"{_NAMES[name]} {min(values):.2f} to {max(values):.2f}")
         _say(screen, "loads", f"{', '.join(said)} in {len(blocks)} blocks")
+        told = label_summary.with_labels(blocks)
+        if told:
+            _say(screen, "labels", label_summary.in_a_line(told))
     tokens = f", {report.tokens_per_step / report.seconds_per_step:.0f} tokens/s" if report.tokens_per_step else ""
     _say(screen, "speed", f"{report.seconds_per_step:.2f} s per step{tokens}, on {report.device}")
     for note in report.notes:

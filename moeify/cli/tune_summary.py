@@ -34,7 +34,10 @@ def show(screen: Screen, report: TuneReport) -> None:
     screen.paragraph(
         "kept", f"{report.measure} {report.quality:.4f}, measured on {report.tested}", column=_COLUMN, style="bold"
     )
-    how = "measured in ONNX Runtime" if report.speedup_measured else "expected, not measured"
+    how = "expected, not measured"
+    if report.speedup_measured:
+        threads = "all cores" if report.threads is None else f"{report.threads} threads"
+        how = f"measured in ONNX Runtime on {threads}, lowered to {' and '.join(report.lowerings)} as an export is"
     speed = f"{report.speedup:.2f} x the dense model's at {report.time_tokens} tokens, {how}"
     screen.paragraph("speed", f"{speed}; {report.flops:.0%} of the blocks' FLOPs", column=_COLUMN, style="bold")
     rows = report.rows

@@ -34,11 +34,17 @@ class Options:
 
 @dataclass(frozen=True)
 class Data:
-    """Batches of inputs, made when they are asked for; ``source`` is where they come from, for people."""
+    """Batches of inputs, made when they are asked for; ``source`` is where they come from, for people.
+
+    ``labels`` are the right classes of each batch, as integers, where the data have them: the tensor ``labels`` beside
+    the inputs, or the folder that an image is in, of which ``classes`` are the names.
+    """
 
     batches: Iterable[Batch]
     source: str
     notes: tuple[str, ...] = ()
+    labels: Iterable[Tensor] | None = None
+    classes: tuple[str, ...] = ()
 
 
 def open_data(data: Any, program: Program, options: Options, model: Path | None = None) -> Data:
@@ -96,7 +102,12 @@ def _images(path: Path, program: Program, options: Options, model: Path | None) 
     batches = _Shuffled(
         len(found.files), program.inputs, options, source, lambda which: {found.spec.name: found.take(which)}
     )
-    return Data(batches, source, (scaling.note,) if scaling.note else ())
+    notes = (scaling.note,) if scaling.note else ()
+    sorted_by = images.classes_of(path, found.files)
+    if sorted_by is None:
+        return Data(batches, source, notes)
+    names, labels = sorted_by
+    return Data(batches, f"{source} in {len(names)} folders", notes, _Labels(batches, labels), names)
 
 
 def _tensors(
@@ -111,7 +122,12 @@ def _tensors(
         said = ", ".join(f"{name} has {count}" for name, count in counts.items())
         raise BadInputSpec(f"{source}: the tensors have not one row per example: {said}")
     count = next(iter(counts.values()))
-    return Data(_Shuffled(count, specs, options, source, _rows_of(whole)), f"{source}, {count} examples")
+    batches = _Shuffled(count, specs, options, source, _rows_of(whole))
+    source = f"{source}, {count} examples"
+    labels = given.get(tensors.LABELS) if isinstance(given, Mapping) and tensors.LABELS not in whole else None
+    if labels is None or not labels.dim() or len(labels) != count or labels.is_floating_point():
+        return Data(batches, source)
+    return Data(batches, source, labels=_Labels(batches, labels))
 
 
 @dataclass(frozen=True)
@@ -125,6 +141,10 @@ class _Shuffled:
     take: Callable[[list[int]], Mapping[str, Tensor]]
 
     def __iter__(self) -> Iterator[Batch]:
+        return (tensors.fit(self.take(which), self.specs, self.source) for which in self.indices())
+
+    def indices(self) -> Iterator[list[int]]:
+        """Of the examples of each batch."""
         fixed = self.specs[0].shape[0]
         size = fixed if isinstance(fixed, int) else self.options.batch
         if self.count < size and isinstance(fixed, int):
@@ -136,7 +156,18 @@ class _Shuffled:
         for start in range(0, self.count, size):
             which = order[start : start + size]
             if len(which) == size or not isinstance(fixed, int):
-                yield tensors.fit(self.take(which), self.specs, self.source)
+                yield which
+
+
+@dataclass(frozen=True)
+class _Labels:
+    """In the order of the batches."""
+
+    batches: _Shuffled
+    labels: Tensor
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (self.labels[torch.tensor(which)] for which in self.batches.indices())
 
 
 def _rows_of(whole: Mapping[str, Tensor]) -> Callable[[list[int]], dict[str, Tensor]]:

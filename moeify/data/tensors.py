@@ -13,6 +13,7 @@ from moeify.errors import BadInputSpec, UnreadableFile
 from moeify.ir.program import InputSpec
 
 _MORE_THAN_TENSORS = ("Unsupported global", "unsupported GLOBAL", "Object arrays")  # as torch and numpy say it
+LABELS = "labels"  # the tensor beside a model's inputs that holds the right classes
 _SUFFIXES = (".safetensors", ".npz", ".pt", ".pth", ".bin")
 
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from moeify.data import images, text
 from moeify.data import tensors as data_files
-from moeify.data import text
+from moeify.data.examples import Options
+from moeify.data.images import Images
 from moeify.errors import BadInputSpec, BadOption, UsageError
 from moeify.ir.language import token_input_of
 from moeify.ir.program import InputSpec, Program
@@ -20,17 +22,21 @@ from moeify.ir.program import InputSpec, Program
 @dataclass(frozen=True)
 class Examples:
     """Tensors by name, an example to a row; ``inputs`` are the names that the model reads, in its order. What is there
-    beside them, such as labels, is for the loss.
+    beside them, such as labels, is for the loss. ``images`` are an input too, read when a batch is taken; ``classes``
+    are the names of their labels.
     """
 
     tensors: Mapping[str, Tensor]
     inputs: tuple[str, ...]
     seed: int = 0
+    images: Images | None = None
+    classes: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
     _orders: dict[int, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
     def count(self) -> int:
-        return len(next(iter(self.tensors.values())))
+        return len(self.images.files) if self.images is not None else len(next(iter(self.tensors.values())))
 
     def shuffled(self, step: int, batch: int) -> list[int]:
         """The examples of a training step: every one once, in a new order, before any comes again."""
@@ -38,14 +44,24 @@ class Examples:
 
     def take(self, which: Sequence[int], device: torch.device | None = None) -> dict[str, Tensor]:
         rows = torch.tensor(which, dtype=torch.int64)
-        return {name: tensor[rows].to(device) for name, tensor in self.tensors.items()}
+        taken = {name: tensor[rows].to(device) for name, tensor in self.tensors.items()}
+        if self.images is not None:
+            taken[self.images.spec.name] = self.images.take(which).to(device)
+        return taken
 
     def split(self, last: int) -> tuple[Examples, Examples]:
         """All but the last so many examples, and those."""
         cut = self.count - last
-        parts = ({n: t[:cut] for n, t in self.tensors.items()}, {n: t[cut:] for n, t in self.tensors.items()})
-        first, rest = (Examples(tensors, self.inputs, self.seed) for tensors in parts)
-        return first, rest
+        return self._some(slice(0, cut)), self._some(slice(cut, self.count))
+
+    def mixed(self) -> Examples:
+        """In an order of the seed, so that the last ones are like the first."""
+        return self._some(torch.randperm(self.count, generator=torch.Generator().manual_seed(self.seed)))
+
+    def _some(self, which: slice | Tensor) -> Examples:
+        tensors = {name: tensor[which] for name, tensor in self.tensors.items()}
+        files = None if self.images is None else self.images.some(torch.arange(self.count)[which].tolist())
+        return replace(self, tensors=tensors, images=files, _orders={})
 
     def _order(self, epoch: int) -> Tensor:
         if epoch not in self._orders:
@@ -102,24 +118,43 @@ def from_tensors(tensors: Mapping[str, Tensor], specs: Sequence[InputSpec], sour
 
 
 def read(
-    path: Path, program: Program, tokenizer: str | None, sequence: int, seed: int = 0, *, framed: bool = False
+    path: Path, program: Program, options: Options, model: Path | None = None, *, framed: bool = False
 ) -> Examples:
-    """A text, or tensors of which some may be for the loss alone. The last piece of a text is left out where it is
-    shorter; ``framed`` puts the tokenizer's special tokens around each piece.
+    """A text, a folder of images, or tensors of which some may be for the loss alone.
 
-    Raises UsageError for a text without a tokenizer, BadOption for one that the model cannot read, and what reading
-    raises.
+    The last piece of a text is left out where it is shorter; ``framed`` puts the tokenizer's special tokens around each
+    piece. Images in sub-folders have ``labels``: the number of the sub-folder in the order of the names. They are read
+    when a batch is taken, and kept as bytes where all of them take at most 2 GiB so. A preprocessor_config.json in or
+    beside ``model`` says how they are scaled, unless the options do.
+
+    Raises UsageError for a text without a tokenizer, BadOption for one that the model cannot read, UnreadableFile for a
+    sub-folder without images, and what reading raises.
     """
+    if path.is_dir():
+        return _images(path, program, options, model)
     if path.suffix not in text.SUFFIXES:
-        return fitted(data_files.tensors(path), program.inputs, str(path), seed)
-    if tokenizer is None:
+        return fitted(data_files.tensors(path), program.inputs, str(path), options.seed)
+    if options.tokenizer is None:
         raise UsageError(f"{path} is a text", hint=f"say how to cut it: --tokenizer FOLDER, or {text.BYTES}")
     found = token_input_of(program)
     if found is None:
         raise BadOption(f"{path} is a text, and the model reads no tokens", hint="give tensors by input name")
-    pieces = text.pieces(path, tokenizer, sequence, found.vocabulary, framed=framed)
+    sequence = options.sequence or text.SEQUENCE
+    pieces = text.pieces(path, options.tokenizer, sequence, found.vocabulary, framed=framed)
     specs = program.inputs
-    return Examples(text.inputs_of(pieces, specs, found.name), tuple(spec.name for spec in specs), seed)
+    return Examples(text.inputs_of(pieces, specs, found.name), tuple(spec.name for spec in specs), options.seed)
+
+
+def _images(path: Path, program: Program, options: Options, model: Path | None) -> Examples:
+    scaling = images.scaling_of(model, options.image_mean, options.image_std)
+    found = images.folder(path, program.inputs, program.example, scaling, keep=True)
+    inputs, notes = (found.spec.name,), (scaling.note,) if scaling.note else ()
+    sorted_by = images.classes_of(path, found.files)
+    if sorted_by is None:
+        return Examples({}, inputs, options.seed, found, notes=notes)
+    names, labels = sorted_by
+    images.check_classes(path, names)
+    return Examples({data_files.LABELS: labels}, inputs, options.seed, found, names, notes)
 
 
 def check_fixed(specs: Sequence[InputSpec], batch: int, ranks: int) -> int | None:

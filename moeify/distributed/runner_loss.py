@@ -1,8 +1,9 @@
-"""What a run measures besides the loss of next tokens: the user's own loss."""
+"""What a run lowers besides the loss of next tokens: the user's own loss, and how far two forward passes are apart."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -12,6 +13,19 @@ from moeify.frontend.importing import user_module
 
 # (output of the model, tensors by name, examples that count) -> (sum of losses, how many there are)
 Loss = Callable[[Any, Mapping[str, Tensor], int], tuple[Tensor, float]]
+
+
+@dataclass(frozen=True)
+class Consistency:
+    """Two forward passes of a batch, for which a model draws its random experts or dropout anew, are to say the same.
+
+    ``divergence(first output, second output, tensors by name)`` gives the sum over the predictions of how far they are
+    apart, and how many there are; ``weight`` times its mean goes to the loss. Zuo et al. (THOR), arXiv 2110.04260, for
+    experts; Liang et al. (R-Drop), arXiv 2106.14448, for dropout.
+    """
+
+    weight: float
+    divergence: Callable[[Any, Any, Mapping[str, Tensor]], tuple[Tensor, Tensor]]
 
 
 def user_loss(text: str) -> Loss:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -15,62 +14,16 @@ from torch import nn
 from moeify.distributed import checkpoint
 from moeify.distributed import checkpoint_folder as folders
 from moeify.distributed.agreement import agreed
-from moeify.distributed.gradients import clip_gradients, sync_gradients
-from moeify.distributed.runner_data import Examples, part
-from moeify.distributed.runner_forward import device_of, run_model
+from moeify.distributed.runner_data import Examples
 from moeify.distributed.runner_group import Ranks, Signals
-from moeify.distributed.runner_loss import Loss
+from moeify.distributed.runner_loss import Consistency, Loss
 from moeify.distributed.runner_routers import Routers
+from moeify.distributed.schedule import Schedule
+from moeify.distributed.stepping import Stepper
 from moeify.errors import BadOption, NonFiniteValues, UsageError
 from moeify.training.watch import find
 
 FACTORS = "router loss factors"  # among the facts of a checkpoint
-
-DECAYS = ("constant", "cosine")
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """AdamW (Loshchilov and Hutter 2019). ``batch`` counts the examples of all ranks together; ``clip`` is the largest
-    norm of the gradients, 0 for any.
-
-    The rate rises linearly for ``warmup`` steps, then it is constant or falls to 0 by half a cosine (Loshchilov and
-    Hutter 2017). A batch is run in ``accumulate`` equal parts, of whose losses the mean is taken. With ``amp`` the
-    forward pass is autocast to bfloat16.
-    """
-
-    steps: int
-    batch: int = 8
-    rate: float = 1e-4
-    weight_decay: float = 0.01
-    clip: float = 1.0
-    seed: int = 0
-    warmup: int = 0
-    decay: str = "constant"
-    accumulate: int = 1
-    amp: bool = False
-
-    def __post_init__(self) -> None:
-        if self.steps < 1 or self.batch < 1:
-            raise BadOption(f"steps {self.steps} and batch {self.batch} must be at least 1")
-        if min(self.rate, self.weight_decay, self.clip, self.warmup) < 0:
-            raise BadOption("the rate, weight-decay, clip and warmup must not be negative")
-        if self.decay not in DECAYS:
-            raise BadOption(f"there is no decay {self.decay!r}", hint=f"choose one of {', '.join(DECAYS)}")
-        if self.accumulate < 1 or self.batch % self.accumulate:
-            raise BadOption(f"a batch of {self.batch} is not cut into {self.accumulate} equal parts")
-
-    def rate_at(self, step: int) -> float:
-        """Of a step, counted from 0."""
-        if step < self.warmup:
-            return self.rate * (step + 1) / self.warmup
-        if self.decay == "constant":
-            return self.rate
-        return self.rate * (1 + math.cos(math.pi * (step - self.warmup) / (self.steps - self.warmup))) / 2
-
-    def facts(self, examples: Examples) -> dict[str, Any]:
-        """What must be the same for a run that goes on where another one stopped."""
-        return {"batch": self.batch, "seed": self.seed, "examples": examples.count}
 
 
 @dataclass(frozen=True)
@@ -90,7 +43,8 @@ class Saving:
 @dataclass
 class Trained:
     """``losses`` are the mean losses of the steps from ``first`` on, before their update, without router losses; those
-    are in ``router_losses`` by name, weighted and summed over the blocks."""
+    are in ``router_losses`` by name, weighted and summed over the blocks. ``consistency`` is how far two forward passes
+    were apart, in nats, without its weight; empty where there was one."""
 
     first: int
     losses: list[float] = field(default_factory=list)
@@ -100,6 +54,7 @@ class Trained:
     stopped: str | None = None
     saved: Path | None = None
     router_losses: dict[str, list[float]] = field(default_factory=dict)
+    consistency: list[float] = field(default_factory=list)
 
     @property
     def steps(self) -> int:
@@ -116,6 +71,7 @@ def train(
     saving: Saving | None = None,
     *,
     masks: Mapping[str, str] | None = None,
+    consistency: Consistency | None = None,
     facts: Mapping[str, Any] | None = None,
     begun: Callable[[int], None] = lambda steps: None,
     done: Callable[[Trained], None] = lambda trained: None,
@@ -129,11 +85,15 @@ def train(
     Where the module is observed (``moeify.observe``), the router losses of its recipe are added to the loss and its
     routers are updated after each step, both over the tokens of all ranks; ``masks`` are those of ``Routers``.
 
+    With ``consistency`` each batch is run twice: the loss and the router losses are the means over the two passes, and
+    routers and coefficients are updated once a step, by the second.
+
     A SIGTERM or SIGINT on any rank ends the run on all of them after the step, with a checkpoint. A random number of
     the model, such as dropout, depends on seed, step and rank.
 
     Raises NonFiniteValues for a loss or gradients that are NaN or infinity, on every rank and before any update;
-    UsageError for a folder that holds another run, with what was different; what checkpoints raise; RankLost.
+    UsageError for a folder that holds another run, with what was different, and for a consistency where nothing in the
+    model is random in training; what checkpoints raise; RankLost.
     """
     module.train()
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
@@ -143,24 +103,25 @@ def train(
     last_saved = made.first
     begun(made.first)
     routers = Routers(module, ranks, masks or {})
+    stepper = Stepper(module, ranks, examples, loss, schedule, optimizer, routers, consistency)
     with Signals() as signals:
         for step in range(made.first, schedule.steps):
             began = time.perf_counter()
             try:
-                mean, norm, stop, added = _step(
-                    module, ranks, examples, loss, schedule, step, optimizer, signals, routers
-                )
+                one = stepper.step(step, signals)
             except NonFiniteValues as error:
                 raise _with_advice(error, step, saving) from error
-            made.losses.append(mean)
-            made.norms.append(norm)
+            made.losses.append(one.loss)
+            made.norms.append(one.norm)
             made.rates.append(schedule.rate_at(step))
-            for name, value in added.items():
+            if one.consistency is not None:
+                made.consistency.append(one.consistency)
+            for name, value in one.router_losses.items():
                 made.router_losses.setdefault(name, []).append(value)
             made.seconds.append(time.perf_counter() - began)
-            if stop:
+            if one.stop:
                 made.stopped = signals.name or "a signal to another rank"
-            end = stop or step + 1 == schedule.steps
+            end = one.stop or step + 1 == schedule.steps
             if saving is not None and (end or (step + 1) % saving.every == 0):
                 made.saved = checkpoint.save(
                     module, ranks.mesh, saving.folder, step + 1,
@@ -168,51 +129,10 @@ def train(
                 )  # fmt: skip
                 last_saved = step + 1
             done(made)
-            if stop:
+            if one.stop:
                 break
     assert saving is None or last_saved == made.steps
     return made
-
-
-def _step(
-    module: nn.Module,
-    ranks: Ranks,
-    examples: Examples,
-    loss: Loss,
-    schedule: Schedule,
-    step: int,
-    optimizer: torch.optim.Optimizer,
-    signals: Signals,
-    routers: Routers,
-) -> tuple[float, float, bool, dict[str, float]]:
-    """(mean loss, norm of the gradients, whether to stop, router losses by name)."""
-    device = device_of(module)
-    torch.manual_seed((schedule.seed * 1_000_003 + step) * 4099 + ranks.rank)
-    optimizer.zero_grad()
-    mean, stop, named = 0.0, False, dict[str, float]()
-    which = examples.shuffled(step, schedule.batch)
-    size, share = schedule.batch // schedule.accumulate, 1 / schedule.accumulate
-    for start in range(0, schedule.batch, size):
-        mine = part(which[start : start + size], ranks.size, ranks.rank)
-        batch = examples.take(mine.which, device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=schedule.amp):
-            value, count = loss(run_model(module, examples, batch), batch, mine.counted)
-        flag = signals.name is not None
-        total, terms, flagged = ranks.total_loss(float(value.detach()), count, f"step {step + 1}", flag)
-        # sync_gradients divides by the ranks, whose parts of the sum need not be alike.
-        whole = value * (ranks.size / max(terms, 1.0))
-        added = routers.losses(batch, mine.counted)
-        (share * (whole if added is None else whole + added.total)).backward()
-        mean, stop = mean + share * total / max(terms, 1.0), stop or flagged
-        for name, one in (added or {}).items():
-            named[name] = named.get(name, 0.0) + share * float(one.detach())
-    sync_gradients(module)
-    norm = clip_gradients(module, schedule.clip or float("inf"))
-    for group in optimizer.param_groups:
-        group["lr"] = schedule.rate_at(step)
-    optimizer.step()
-    routers.after_step(batch, mine.counted)
-    return mean, norm, stop, named
 
 
 def _resume(

@@ -51,7 +51,7 @@ def token_input_of(program: Program) -> TokenInput | None:
     if found is None or found.node.meta["val"].dim() != 2:
         return None
     holders = program.graph.find_nodes(op="placeholder")
-    return TokenInput(program.inputs[holders.index(_source(found.node))].name, found.vocabulary)
+    return TokenInput(program.inputs[holders.index(found.placeholder)].name, found.vocabulary)
 
 
 def language_of(program: Program) -> Language | None:
@@ -86,11 +86,3 @@ def is_causal(module: nn.Module, program: Program, language: Language) -> bool:
     with torch.no_grad():
         before, after = (flat(module(*inputs))[language.output][-1, :-1] for inputs in (example, changed))
     return float((after - before).abs().max()) <= 1e-4 * float(before.abs().max())  # rounding, in any float type of use
-
-
-def _source(node: fx.Node) -> fx.Node:
-    while node.op != "placeholder":
-        before = node.args[0]
-        assert isinstance(before, fx.Node)
-        node = before
-    return node

@@ -7,6 +7,7 @@ Python code does in training only (drop path, layer drop) was never captured and
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -45,6 +46,7 @@ FLAGS: dict[str, str] = {
     "moeify::sinkhorn": "train",
 }
 SDPA = "aten::scaled_dot_product_attention"
+_RECURRENT = ("aten::lstm", "aten::gru", "aten::rnn_tanh", "aten::rnn_relu")
 # These follow their running statistics; without any they use the batch in both modes and are left alone.
 _NEED_RUNNING_STATS = (
     "aten::batch_norm",
@@ -74,6 +76,17 @@ def set_training(graph_module: fx.GraphModule, training: bool, attention_dropout
     graph_module.recompile()
 
 
+def drop_dropout(graph_module: fx.GraphModule) -> None:
+    """Set the probability of every dropout to 0, for good, that of recurrent layers too. Attention's is given to
+    ``set_training`` each time.
+    """
+    for node in graph_module.graph.nodes:
+        name = _name(node)
+        if name in FLAGS and ("dropout" in name or name in _RECURRENT):
+            _set(node, "dropout" if name in _RECURRENT else "p", 0.0)
+    graph_module.recompile()
+
+
 def is_training(graph_module: fx.GraphModule) -> bool:
     """Whether some operator's training flag is on."""
     return any(
@@ -92,8 +105,7 @@ class TrainableGraph(fx.GraphModule):
     mode.
 
     ``attention_dropout`` is what set_training takes. Parameters, buffers and graph are shared with ``root``,
-    which must not
-    be used afterwards. Moved to another device, it makes what the graph itself makes there too.
+    which must not be used afterwards. Moved to another device, it makes what the graph itself makes there too.
     """
 
     def __init__(
@@ -122,6 +134,18 @@ class TrainableGraph(fx.GraphModule):
         devices.follow(self)
         return self
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> TrainableGraph:
+        """fx copies what the graph reads; hooks, what was set on the module and parameters that only a loss reads are
+        its user's, as with any module."""
+        made = super().__deepcopy__(memo)
+        whole = nn.Module()
+        whole.__dict__ = copy.deepcopy(self.__dict__, memo)  # no second copy: fx has left this one in the memo
+        made._keep_unread(whole)
+        for name, value in vars(whole).items():
+            if name not in vars(made) or name.startswith(("_forward", "_backward")):
+                made.__dict__[name] = value
+        return made.train(self.training)
+
     def train(self, mode: bool = True) -> TrainableGraph:
         """Flip the flags of the graph; see set_training."""
         for module in self.modules():
@@ -131,6 +155,11 @@ class TrainableGraph(fx.GraphModule):
 
     def eval(self) -> TrainableGraph:
         return self.train(False)
+
+    def drop_dropout(self) -> None:
+        """Without dropout in training, from now on."""
+        drop_dropout(self)
+        self.attention_dropout = ()
 
 
 def _name(node: fx.Node) -> str:

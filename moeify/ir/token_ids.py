@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +26,16 @@ class TokenIds:
     vocabulary: int
     is_input: bool
 
+    @property
+    def placeholder(self) -> fx.Node:
+        """The input that these are, perhaps in another shape or type; of ids that are an input alone."""
+        node = self.node
+        while node.op != "placeholder":
+            source = node.args[0]
+            assert isinstance(source, fx.Node)
+            node = source
+        return node
+
 
 def embedded_ids(graph: fx.Graph) -> list[TokenIds]:
     """Every integer tensor that an embedding reads, inputs of the program first, larger tables first."""
@@ -42,20 +53,25 @@ def ids_of_rows(candidates: list[TokenIds], x: fx.Node) -> TokenIds | None:
 
     Where the model merges the axes of its tokens before the block, the shape before that counts: rows keep their order.
     """
-    while True:
-        leading = x.meta["val"].shape[:-1]
+    for same in views_of(x):
+        leading = same.meta["val"].shape[:-1]
         for ids in candidates:
             shape = ids.node.meta["val"].shape
             if len(shape) == len(leading) and all(statically_known_true(a == b) for a, b in zip(shape, leading)):
                 return ids
-        if x.target not in (_aten.view.default, _aten.reshape.default):
-            return None
+    return None
+
+
+def views_of(x: fx.Node) -> Iterator[fx.Node]:
+    """``x`` [..., D], and what it is a view of with other leading axes: the same rows in the same order."""
+    yield x
+    while x.target in (_aten.view.default, _aten.reshape.default):
         source = x.args[0]
         assert isinstance(source, fx.Node)
-        width = source.meta["val"].shape[-1]
-        if not statically_known_true(width == x.meta["val"].shape[-1]):
-            return None
+        if not statically_known_true(source.meta["val"].shape[-1] == x.meta["val"].shape[-1]):
+            return
         x = source
+        yield x
 
 
 def _comes_from_input(node: fx.Node) -> bool:

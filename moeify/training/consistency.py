@@ -21,6 +21,12 @@ def consistency(first: Tensor, second: Tensor, mask: Tensor | None = None) -> Te
     Zuo et al., Taming Sparsely Activated Transformer with Stochastic Experts, arXiv 2110.04260, whose code
     weighs it by 1 or 5.
     """
+    total, count = divergences(first, second, mask)
+    return total / count.clamp_min(1)
+
+
+def divergences(first: Tensor, second: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The sum of ``consistency`` over the tokens that count, and how many there are."""
     if first.shape != second.shape:
         raise UsageError(f"the two passes gave scores of shapes {list(first.shape)} and {list(second.shape)}")
     if mask is not None and mask.shape != first.shape[:-1]:
@@ -30,4 +36,4 @@ def consistency(first: Tensor, second: Tensor, mask: Tensor | None = None) -> Te
     # Both divergences together: sum_c (p_c - q_c) (log p_c - log q_c).
     each = ((p.exp() - q.exp()) * (p - q)).sum(-1) / 2
     counted = torch.ones_like(each) if mask is None else (mask != 0).to(kind)
-    return (each * counted).sum() / counted.sum().clamp_min(1)
+    return (each * counted).sum(), counted.sum()

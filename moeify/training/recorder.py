@@ -14,8 +14,9 @@ from moeify.errors import UsageError
 from moeify.nn.observation import attach
 from moeify.nn.observed import Observation
 from moeify.training.blocks import facts_of, unwrapped
+from moeify.training.information import contingency, entropy, information, information_by_chance
 from moeify.training.losses import by_block
-from moeify.training.routing_report import BlockRouting, RoutingReport
+from moeify.training.routing_report import MOST_CLASSES, BlockRouting, RoutingReport
 from moeify.training.watch import Masks, find, merged, recomputing
 from moeify.verify.fidelity import ExpertLoad
 
@@ -62,11 +63,15 @@ class RoutingRecorder:
         self._pairs: dict[tuple[str, str], Tensor] = {}  # [E, E] tokens by expert here and expert there
         self._calls: list[Observation] = []
         self._mask: Masks = None
-        self._labels: Tensor | None = None
+        self._labels: Masks = None
 
-    def next(self, *, mask: Masks = None, labels: Tensor | None = None) -> None:
+    def next(self, *, mask: Masks = None, labels: Masks = None) -> None:
         """Of the tokens of the next forward pass: which count, as in ``losses``, and the class of each, an integer of
-        at least 0, negative for none."""
+        at least 0, negative for none.
+
+        ``labels`` are of as many tokens as a block sees, or [batch], one for each example: then the block's tokens are
+        those of the first example, then those of the second. A mapping from block paths has labels for some blocks.
+        """
         self._mask, self._labels = mask, labels
 
     def keep(self, call: Observation) -> None:
@@ -84,8 +89,9 @@ class RoutingRecorder:
         for block, mine in by_block(calls).items():
             path = self._paths.get(block, block)
             each = [dict(call.values) for call in mine]
-            if labels is not None:
-                each = [{**one, "labels": _fitting(labels, one["experts"], path)} for one in each]
+            mine_labels = labels.get(path) if isinstance(labels, Mapping) else labels
+            if mine_labels is not None:
+                each = [{**one, "labels": _fitting(mine_labels, one["experts"], path)} for one in each]
             values = merged(each, mask.get(path) if isinstance(mask, Mapping) else mask, path)
             sums = self._blocks.setdefault(block, _Sums(path, mine[0].router.num_experts))
             firsts[block] = sums.add(values)
@@ -94,7 +100,7 @@ class RoutingRecorder:
             for other in names[i + 1 :]:
                 if len(firsts[one]) == len(firsts[other]):
                     sizes = self._blocks[one].experts, self._blocks[other].experts
-                    table = _table(firsts[one], firsts[other].to(firsts[one].device), *sizes)
+                    table = contingency(firsts[one], firsts[other].to(firsts[one].device), *sizes)
                     self._pairs[one, other] = self._pairs.get((one, other), 0) + table
 
     @property
@@ -114,12 +120,12 @@ class RoutingRecorder:
     def _agreement(self, one: str, other: str) -> float | None:
         if one == other:
             first_E = self._blocks[one].firsts_E
-            return 1.0 if _entropy(first_E) > 0 else 0.0
+            return 1.0 if entropy(first_E) > 0 else 0.0
         table = self._pairs.get((one, other), self._pairs.get((other, one)))
         if table is None or not table.sum():
             return None
-        entropies = _entropy(table.sum(0)) + _entropy(table.sum(1))
-        return 2 * _information(table) / entropies if entropies else 0.0
+        entropies = entropy(table.sum(0)) + entropy(table.sum(1))
+        return 2 * information(table) / entropies if entropies else 0.0
 
 
 @dataclass
@@ -133,6 +139,7 @@ class _Sums:
         self.load = ExpertLoad(self.experts)
         self.tokens = self.slots = self.dropped = 0
         self.firsts_E = torch.zeros(self.experts, dtype=torch.float64)
+        self.classes = torch.zeros(0, dtype=torch.int64)  # the labels that were seen, in order
         self.labels_EC = torch.zeros(self.experts, 0, dtype=torch.float64)
 
     def add(self, values: dict[str, Tensor]) -> Tensor:
@@ -151,17 +158,15 @@ class _Sums:
 
     def _add_labels(self, first_T: Tensor, labels_T: Tensor) -> None:
         known = labels_T >= 0
-        first_T, labels_T = first_T[known], labels_T[known]
-        classes = max(self.labels_EC.shape[1], int(labels_T.max()) + 1 if len(labels_T) else 0)
-        grown = torch.zeros(self.experts, classes, dtype=torch.float64)
-        grown[:, : self.labels_EC.shape[1]] = self.labels_EC
-        self.labels_EC = grown + _table(first_T, labels_T, self.experts, classes)
+        first_T, labels_T = first_T[known].cpu(), labels_T[known].cpu().long()
+        classes = torch.cat([self.classes, labels_T]).unique()
+        grown = torch.zeros(self.experts, len(classes), dtype=torch.float64)
+        grown[:, torch.searchsorted(classes, self.classes)] = self.labels_EC
+        places_T = torch.searchsorted(classes, labels_T)
+        self.classes = classes
+        self.labels_EC = grown + contingency(first_T, places_T, self.experts, len(classes))
 
     def figures(self) -> BlockRouting:
-        told = None
-        if self.labels_EC.shape[1]:
-            entropy = _entropy(self.labels_EC.sum(0))
-            told = _information(self.labels_EC) / entropy if entropy else 0.0
         return BlockRouting(
             self.path,
             self.tokens,
@@ -171,31 +176,29 @@ class _Sums:
             self.load.peak,
             self.slots / self.tokens,
             self.dropped / self.slots,
-            told,
+            **self._told(),
         )
+
+    def _told(self) -> dict[str, Any]:
+        """What the expert of a token tells of its label, by field; nothing without labels."""
+        seen = self.labels_EC.sum(0) > 0
+        if not seen.any():
+            return {}
+        counts_EC, classes = self.labels_EC[:, seen], self.classes[seen].tolist()
+        nats, of_labels = information(counts_EC), entropy(counts_EC.sum(0))
+        shares_CE = (counts_EC / counts_EC.sum(0)).T.tolist()
+        return {
+            "label_information": nats / of_labels if of_labels else 0.0,
+            "mutual_information": nats,
+            "mutual_information_by_chance": information_by_chance(counts_EC),
+            "label_loads": dict(zip(classes, shares_CE)) if len(classes) <= MOST_CLASSES else None,
+        }
 
 
 def _fitting(labels: Tensor, experts_TK: Tensor, path: str) -> Tensor:
-    if labels.numel() != len(experts_TK):
-        raise UsageError(
-            f"the labels are of {labels.numel()} tokens, and the block's router saw {len(experts_TK)}", where=path
-        )
+    tokens = len(experts_TK)
+    if labels.dim() == 1 and len(labels) and tokens % len(labels) == 0:
+        labels = labels.repeat_interleave(tokens // len(labels))
+    if labels.numel() != tokens:
+        raise UsageError(f"the labels are of {labels.numel()} tokens, and the block's router saw {tokens}", where=path)
     return labels.flatten().to(experts_TK.device)
-
-
-def _table(a_T: Tensor, b_T: Tensor, rows: int, columns: int) -> Tensor:
-    """How many tokens have each pair, [rows, columns] float64; number ``rows`` of a, or ``columns`` of b, is none."""
-    some = (a_T < rows) & (b_T < columns)
-    pairs = a_T[some] * columns + b_T[some]
-    return torch.bincount(pairs.cpu(), minlength=rows * columns).double().view(rows, columns)
-
-
-def _entropy(counts: Tensor) -> float:
-    """Of the distribution that counts are of, in nats."""
-    share = counts / counts.sum().clamp_min(1)
-    return -float(torch.special.xlogy(share, share).sum())
-
-
-def _information(table: Tensor) -> float:
-    """Mutual information of rows and columns, in nats; rounding does not make it negative."""
-    return max(0.0, _entropy(table.sum(0)) + _entropy(table.sum(1)) - _entropy(table.flatten()))

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
+MOST_CLASSES = 100  # of which a report has the loads one by one
+
 
 class Writer(Protocol):
     """What ``write`` needs of TensorBoard's SummaryWriter or anything like it."""
@@ -20,8 +22,11 @@ class BlockRouting:
     deviation over the mean, ``peak`` the largest over the mean. ``experts_per_token`` is the mean number chosen,
     ``dropped`` the share of chosen slots that got no weight.
 
-    ``label_information`` is what the expert of a token tells of its label: mutual information over the entropy of the
-    labels, 1 where it tells the label, 0 where it tells nothing; None without labels.
+    What the expert of a token tells of its label, None without labels: ``mutual_information`` in nats, at most the log
+    of the number of experts or of classes; ``mutual_information_by_chance``, the mean of it were the labels dealt to
+    the tokens at random, which few tokens of many classes make large; ``label_information``, the first over the entropy
+    of the labels, 1 where it tells the label. ``label_loads`` has by label the share of each expert in its tokens; None
+    with more than ``MOST_CLASSES`` labels.
     """
 
     path: str
@@ -33,10 +38,16 @@ class BlockRouting:
     experts_per_token: float
     dropped: float
     label_information: float | None = None
+    mutual_information: float | None = None
+    mutual_information_by_chance: float | None = None
+    label_loads: dict[int, list[float]] | None = None
 
     def figures(self) -> Iterator[tuple[str, float]]:
         """The single numbers, by name."""
-        for name in ("entropy", "cv", "peak", "experts_per_token", "dropped", "label_information"):
+        for name in (
+            "entropy", "cv", "peak", "experts_per_token", "dropped", "label_information", "mutual_information",
+            "mutual_information_by_chance",
+        ):  # fmt: skip
             value = getattr(self, name)
             if value is not None:
                 yield name, value

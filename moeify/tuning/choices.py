@@ -60,10 +60,13 @@ def flops(block: Block, choice: Choice, rows: Sequence[int]) -> float:
     return sum(rows) * (block.flops_per_token * choice.active / choice.parts + router)
 
 
-def seconds(block: Block, choice: Choice, rows: Sequence[int], threads: int | None) -> float:
+def seconds(
+    block: Block, choice: Choice, rows: Sequence[int], threads: int | None, lowerings: Sequence[str] = (cost.SPLIT,)
+) -> float:
     """Expected of all calls of the block, of ``rows`` tokens each, in ONNX Runtime on a CPU (``onnxruntime.cost``).
 
-    Routed experts are lowered to standard operators, which every block can be; shared ones are a dense FFN.
+    Routed experts are lowered to the fastest of ``lowerings``, by default to standard operators, which every block can
+    be; shared ones are a dense FFN.
     """
     total = 0.0
     for tokens in rows:
@@ -73,7 +76,7 @@ def seconds(block: Block, choice: Choice, rows: Sequence[int], threads: int | No
             continue
         width = block.d_ff // choice.parts
         routed = cost.Shape(choice.experts, block.d_model, width, block.d_out, choice.top_k)
-        total += cost.seconds(cost.SPLIT, routed, block.gated, tokens, threads)
+        total += min(cost.seconds(name, routed, block.gated, tokens, threads) for name in lowerings)
         if choice.shared:
             total += cost.dense_seconds(whole, width * choice.shared, block.gated, tokens, threads)
     return total
