@@ -1,7 +1,6 @@
 """Train and eval mode of a captured graph: the flags that torch.export froze, flipped in place.
 
-A capture in eval mode keeps ``aten.dropout(x, p, False)`` and its kin as nodes, so training is a matter of
-flags. What
+A capture in eval mode keeps ``aten.dropout(x, p, False)`` and its kin as nodes, so training is a matter of flags. What
 Python code does in training only (drop path, layer drop) was never captured and does not come back.
 """
 
@@ -9,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx, nn
@@ -137,7 +136,7 @@ class TrainableGraph(fx.GraphModule):
     def __deepcopy__(self, memo: dict[int, Any]) -> TrainableGraph:
         """fx copies what the graph reads; hooks, what was set on the module and parameters that only a loss reads are
         its user's, as with any module."""
-        made = super().__deepcopy__(memo)
+        made = cast(TrainableGraph, super().__deepcopy__(memo))
         whole = nn.Module()
         whole.__dict__ = copy.deepcopy(self.__dict__, memo)  # no second copy: fx has left this one in the memo
         made._keep_unread(whole)
