@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import nn
 
 from moeify import frontend, surgery
 from moeify.api import reporting
+from moeify.api.dumps import Dumps, Show
 from moeify.api.progress import Progress, Silent
 from moeify.api.user_data import UserData
 from moeify.backends.pt2.archive import METADATA, Pt2
@@ -29,57 +29,17 @@ from moeify.errors import (
 from moeify.experts import METHODS
 from moeify.fitting import stage
 from moeify.frontend.reasons import first_line
-from moeify.ir.printer import program_text
 from moeify.ir.profile import Profile
 from moeify.ir.program import Program
 from moeify.ir.recipe import Recipe
 from moeify.ir.report import Report
 from moeify.nn.losses import LOSSES
 from moeify.nn.routers import ROUTERS
-from moeify.pipeline import PASSES
-from moeify.pipeline.base import Pass
 from moeify.pipeline.default import FIND, REWRITE
 from moeify.pipeline.runner import run
 from moeify.training.watch import observe_if_asked
 from moeify.verify.all_on import all_on_errors
 from moeify.verify.measure import Recording, tolerance_for
-
-Show = Callable[[str, str], None]
-
-
-@dataclass
-class Dumps:
-    """Which intermediate programs are printed or written, and where they go."""
-
-    show: Show | None = None
-    passes: Sequence[str] = ()
-    everything: bool = False
-    folder: Path | None = None
-    _count: int = field(default=0, init=False)
-
-    def __post_init__(self) -> None:
-        for name in self.passes:
-            PASSES.cls(name)  # an unknown name is an error before any work
-        if self.folder is not None:
-            try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise OutputNotWritten(f"cannot make the folder {self.folder}: {error.strerror}") from error
-
-    def after(self, one: Pass, program: Program) -> None:
-        self._count += 1
-        wanted = self.show is not None and (self.everything or one.name in self.passes)
-        if not wanted and self.folder is None:
-            return
-        text = program_text(program, title=f"after {one}")
-        if wanted and self.show is not None:
-            self.show(f"after {one}", text)
-        if self.folder is not None:
-            path = self.folder / f"{self._count:02d}-{one.name}.txt"
-            try:
-                path.write_text(text)
-            except OSError as error:
-                raise OutputNotWritten(f"cannot write {path}: {error.strerror}") from error
 
 
 def convert_file(

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from moeify.api.convert import Dumps, rewrite
+from moeify.api.convert import rewrite
+from moeify.api.dumps import Dumps
 from moeify.api.output_kinds import PREDICTIONS, OutputKind
 from moeify.api.quality import output_quality
 from moeify.api.quality_report import OutputQuality

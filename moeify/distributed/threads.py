@@ -90,9 +90,12 @@ def run_ranks(work: Callable[[Groups], T], ep: int, dp: int = 1, seconds: float 
             by_role[DATA] = ThreadTransport(dp_meetings[column], row, seconds, board)
         try:
             with roles.only_here(by_role), torch.set_grad_enabled(gradients), telling(board, rank):
-                return work(Groups(by_role, rank, ranks, board, seconds, in_threads=True))
-        except BaseException as error:
-            errors.append(error)
+                try:
+                    return work(Groups(by_role, rank, ranks, board, seconds, in_threads=True))
+                except BaseException as error:
+                    errors.append(error)  # before the others are told, whose errors follow from it
+                    raise
+        except BaseException:
             for meeting in (*ep_meetings, *dp_meetings):
                 meeting.barrier.abort()
             raise
