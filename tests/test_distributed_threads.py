@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 from torch import Tensor
 
 from moeify.distributed.binding import bind
+from moeify.distributed.board import Board
 from moeify.distributed.gradients import sync_gradients
 from moeify.distributed.groups import named
 from moeify.distributed.threads import run_ranks
@@ -154,7 +157,15 @@ def test_dropless_keeps_the_order_of_rows() -> None:
         torch.testing.assert_close(result.output, whole(x).detach(), rtol=1e-14, atol=1e-14)
 
 
-def test_the_first_error_of_a_thread_is_raised_and_the_others_are_freed() -> None:
+def test_the_first_error_of_a_thread_is_raised_and_the_others_are_freed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the others have heard of it, and ended, before the thread that raised it goes on."""
+    stop = Board.stop
+
+    def slow(board: Board, rank: int, what: str) -> None:
+        stop(board, rank, what)
+        time.sleep(0.5)
+
+    monkeypatch.setattr(Board, "stop", slow)
     made = program_of("gated")
     parts = sharded.parts(made, 3)
     told = {}
