@@ -87,6 +87,14 @@ INDEXING: Cases = {
     "two that broadcast": lambda m, x: x[_rows(x)[:, None], torch.tensor([[1, 2, -3]])],
     "two apart": lambda m, x: m.kernel[_places(x)[:, 0] % 4, :, _places(x)[:, 1] % 3],
     "index_select": lambda m, x: torch.index_select(x, 1, torch.tensor([5, 0])),
+    "scatter": lambda m, x: [
+        x.scatter(1, x.argsort(1), x * 2),
+        x.scatter(0, x.argsort(0), x),
+        x.scatter(1, _places(x)[:, :1], 7.0),
+        torch.zeros(x.shape[0], 4, 2).scatter(
+            1, _places(x).view(-1, 4, 2) % 1 + 2, x.view(-1, 4, 2)[:, :1].repeat(1, 4, 1)
+        ),
+    ],
 }
 REDUCTIONS: Cases = {
     "sums": lambda m, x: [x.sum(), x.sum(1), x.mean(1, keepdim=True), x.mean(0), (x > 0).sum(1)],
@@ -97,6 +105,14 @@ REDUCTIONS: Cases = {
     "running": lambda m, x: [x.cumsum(1), (x > 0).cumsum(0)],
     "sorted": lambda m, x: [*x.sort(dim=1, descending=True, stable=True), *x.topk(3), x.argsort(1)],
     "the first of equal ones": lambda m, x: list(x.round().sort(dim=1, descending=True, stable=True)),
+    "places in sorted rows": lambda m, x: [
+        torch.searchsorted(x.sort(1)[0], x),
+        torch.searchsorted(x.round().sort(1)[0], x.round()),
+        torch.searchsorted(x.round().sort(1)[0], x.round(), right=True, out_int32=True),
+        torch.searchsorted(m.v.sort()[0], x),
+        torch.searchsorted(m.v.sort()[0], 0.3),
+    ],
+    "no number is last": lambda m, x: torch.searchsorted(m.v.sort()[0], torch.where(x > 0, math.nan, x)),
 }
 MATRICES: Cases = {
     "linear": lambda m, x: [F.linear(x, m.w, m.b), F.linear(x, m.w), F.gelu(F.linear(x, m.w, m.b))],

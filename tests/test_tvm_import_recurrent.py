@@ -52,10 +52,22 @@ class Running(nn.Module):
         return x.cumsum(1)
 
 
+class Placed(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.searchsorted(x, x)
+
+
+class Written(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.scatter(1, x.argmax(1, keepdim=True), x[:, :1])
+
+
 CPU_ONLY: Sequence[tuple[nn.Module, tuple[int, ...], str]] = (
     (nn.LSTM(8, 5, batch_first=True), (2, 3, 8), "lstm.input"),
     (nn.GRU(8, 5, batch_first=True), (2, 3, 8), "gru.input"),
     (Running(), (2, 3), "cumsum.default"),
+    (Placed(), (2, 3), "searchsorted.Tensor"),
+    (Written(), (2, 3), "scatter.src"),
 )
 
 
