@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import tempfile
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -39,26 +40,34 @@ def write(folder: Path) -> list[Path]:
     shutil.copy(pretrained.nanoguard(), folder / "nanoguard.pt")
     for module in ("prompt_guard.py", "pretrained.py"):
         shutil.copy(ROOT / "samples" / module, folder)
-    if not (folder / "minilm").exists():
-        shutil.copytree(pretrained.minilm(), folder / "minilm")
-    if not (folder / "smollm2").exists():
-        _smollm2(folder)
+    for name, make in MODELS.items():
+        if not (folder / name).exists():
+            parts = folder / f"{name}.part"  # it has its name when it is whole
+            shutil.rmtree(parts, ignore_errors=True)
+            make(parts)
+            parts.rename(folder / name)
     return sorted(folder.iterdir())
 
 
+def _minilm(folder: Path) -> None:
+    import pretrained
+
+    shutil.copytree(pretrained.minilm(), folder)
+
+
 def _smollm2(folder: Path) -> None:
-    """Unpacked from its GGUF file, under another name until it is whole."""
+    """Unpacked from its GGUF file."""
     import pretrained
     from transformers import AutoTokenizer
 
-    parts = folder / "smollm2.part"
-    shutil.rmtree(parts, ignore_errors=True)
-    parts.mkdir()
-    prepare("smollm2", parts)
-    path = pretrained.smollm2()
-    AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(parts / "model")
-    (parts / "model").rename(folder / "smollm2")
-    parts.rmdir()
+    with tempfile.TemporaryDirectory(dir=folder.parent) as parts:
+        prepare("smollm2", Path(parts))
+        path = pretrained.smollm2()
+        AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(Path(parts, "model"))
+        Path(parts, "model").rename(folder)
+
+
+MODELS = {"minilm": _minilm, "smollm2": _smollm2}
 
 
 def main() -> None:

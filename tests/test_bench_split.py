@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
-from bench import split_data
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from bench import split_data, split_files
 from bench.split_report import Bar, finish
 from bench.split_smollm2 import PARTS, RECIPES
 
@@ -49,3 +54,29 @@ def test_a_bar_that_is_missed_is_said(capsys) -> None:
     assert json.loads(capsys.readouterr().out)["bars"] == [
         {"what": "speed", "figure": 1.9, "bar": 1.8, "at_least": True, "met": True}
     ]
+
+
+def test_the_files_that_the_commands_of_the_docs_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Also where they were begun before; a model that is there is not made again."""
+
+    def fail(folder: Path) -> None:
+        (folder / "begun").mkdir(parents=True)
+        raise KeyboardInterrupt
+
+    def make(folder: Path) -> None:
+        (folder / "config").mkdir(parents=True)
+
+    files = ("nanoguard.pt", "prompt_guard.py", "pretrained.py", "smollm2")
+    rows = torch.arange(12).reshape(3, 4)[:, :2]
+    monkeypatch.setattr(split_files, "TEXTS", {"fit.txt": lambda: "text"})
+    monkeypatch.setattr(split_files, "tokens", lambda part: {"input_ids": rows if part == "fit" else rows + 1})
+    monkeypatch.setattr(split_files, "MODELS", {"smollm2": fail})
+    with pytest.raises(KeyboardInterrupt):
+        split_files.write(tmp_path)
+    assert not (tmp_path / "smollm2").exists()
+    for made in (make, fail):
+        monkeypatch.setattr(split_files, "MODELS", {"smollm2": made})
+        names = {path.name for path in split_files.write(tmp_path)}
+        assert names == {"fit.txt", "guard-fit.safetensors", "guard-test.safetensors", *files}
+    assert [path.name for path in (tmp_path / "smollm2").iterdir()] == ["config"]
+    assert load_file(tmp_path / "guard-test.safetensors")["input_ids"].equal(rows + 1)
