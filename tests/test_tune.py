@@ -13,16 +13,17 @@ from torch import Tensor, nn
 
 import moeify
 from moeify import frontend
-from moeify.api import tune_budget, tune_report
+from moeify.api import tune_budget, tune_report, tune_run
 from moeify.api.quality_runs import dense_run
 from moeify.api.tune_goal import Goal
 from moeify.api.tune_report import kept, loss_at, quality_at
 from moeify.api.tune_run import Tuned
-from moeify.api.tune_time import Clock, around
+from moeify.api.tune_time import Clock, Timed, around
 from moeify.cli import tune_summary
 from moeify.cli.main import main
 from moeify.cli.output import Screen
 from moeify.errors import BadInputSpec, BadOption, MoeifyError, Refused, UsageError
+from moeify.ir.program import Program
 from moeify.ir.recipe import Recipe
 from moeify.pipeline.default import FIND
 from moeify.pipeline.runner import run
@@ -150,6 +151,40 @@ def test_speed_is_expected_without_a_runtime(monkeypatch: pytest.MonkeyPatch) ->
     assert done[-1] is found.frontier[-1]
     slower = [point for point in found.frontier if point.expected_time > 1 / 1.25]
     assert all(point.flops > found.flops for point in slower)
+
+
+class Slow:
+    """A clock by which 0.6 of the time is saved that the test below makes tune expect."""
+
+    def __init__(self, *_: object) -> None:
+        pass
+
+    def __enter__(self) -> Slow:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def time(self, program: Program) -> Timed:
+        told = [program.recipe.for_block(block.path) for block in program.converted()]
+        saved = sum(1 - (one.top_k + one.shared) / (one.experts + one.shared) for one in told)
+        return Timed(1 - 0.6 * saved / (len(SCALES) + 0.5), ("split",))
+
+
+def test_the_time_that_is_saved_is_corrected_by_what_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tune_budget, "seconds", lambda block, choice, *_: choice.active / choice.parts)
+    monkeypatch.setattr(tune_budget.Around, "seconds", 0.5, raising=False)
+    monkeypatch.setattr(tune_run, "can_measure", lambda: True)
+    monkeypatch.setattr(tune_run, "Clock", Slow)
+    found = tune(dense(), drawn(60, 1), speedup=1.25, time=True, tries=3).report
+    done = [point for point in found.frontier if point.measured_time is not None]
+    assert len(done) == 2  # one to learn from, and the one that is right
+    for point in done:
+        assert point.expected_time == pytest.approx(point.measured_time)
+    fast = [point for point in found.frontier if point.expected_time <= 1 / 1.25]
+    assert fast[0].chosen
+    assert found.speedup == 1 / fast[0].measured_time
+    assert found.frontier[0].expected_time == 1
 
 
 def test_an_amount_of_work_takes_one_conversion() -> None:

@@ -189,5 +189,11 @@ def test_walk_goes_on_where_less_is_lost_than_expected() -> None:
     walk = Walk([1.0, 2.0, 3.0, 4.0], bound=1.0)
     assert walk.run(lambda at: 0.3 * (at + 1), 4, lambda at, later: True) == 2
     assert list(walk.measured) == [0, 2]
+    savings = Walk([-0.4, -0.3, -0.2, -0.1], bound=-0.15)  # three quarters of what is expected
+    assert savings.run(lambda at: 0.75 * savings.predicted[at], 4, lambda at, later: True) == 2
+    assert list(savings.measured) == [2]
+    savings = Walk([-0.4, -0.3, -0.2, -0.1], bound=-0.2)
+    assert savings.run(lambda at: 0.75 * savings.predicted[at], 4, lambda at, later: True) == 1
+    assert list(savings.measured) == [2, 1]
     walk = Walk([1.0, 2.0], bound=1.0)
     assert walk.run(lambda at: float("nan"), 4, lambda at, later: True) is None

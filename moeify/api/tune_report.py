@@ -79,9 +79,9 @@ class BlockChoice:
 
 @dataclass
 class FrontierPoint:
-    """An allocation. ``flops`` and ``time`` are shares of the dense feed-forward blocks' FLOPs and of the dense model's
-    expected seconds; ``quality`` is what is kept, expected and, where it was converted, measured. ``measured_time`` is
-    in ONNX Runtime.
+    """An allocation. ``flops`` and times are shares of the dense feed-forward blocks' FLOPs and of the dense model's
+    seconds; ``quality`` is what is kept. What is expected is corrected by one factor for what is lost and one for the
+    time that is saved, from all points that were converted and measured. ``measured_time`` is in ONNX Runtime.
     """
 
     flops: float

@@ -30,7 +30,8 @@ class Search:
         else:
             self._order = list(range(len(points), 0, -1))  # that of least work is the surest
             if goal.speedup is not None:
-                values, bound = [budget.time(budget.points[at]) for at in self._order], 1.0 / goal.speedup
+                # What is saved is off by a factor; of the time, all but the blocks is known.
+                values, bound = [-self._saving(at) for at in self._order], 1.0 / goal.speedup - 1.0
             else:
                 assert goal.flops is not None
                 values, bound = [self._flops(at) for at in self._order], goal.flops
@@ -60,7 +61,7 @@ class Search:
         self._convert(at, f"{count}, {self._flops(at):.0%} of the FLOPs")
         if self._goal.keep is not None:
             return loss_at(self._measure, self.done[at].quality)
-        return self._time(at) if self._goal.speedup is not None else self._flops(at)
+        return self._time(at) - 1.0 if self._goal.speedup is not None else self._flops(at)
 
     def _convert(self, at: int, text: str) -> None:
         self._forget()
@@ -89,6 +90,10 @@ class Search:
 
     def _flops(self, at: int) -> float:
         return self._budget.flops(self._budget.points[at])
+
+    def _saving(self, at: int) -> float:
+        """Expected, of the dense model's time."""
+        return 1.0 - self._budget.time(self._budget.points[at])
 
     def _recipe(self, point: Point) -> Recipe:
         """``tokens`` are such that ``moeify convert`` stops reading the data where the profile did."""
@@ -125,7 +130,7 @@ class Search:
         self, at: int, model: str, source: str, tested: str, rows: dict[str, int], blocks: list[BlockChoice]
     ) -> TuneReport:
         chosen, goal, budget = self.done[at], self._goal, self._budget
-        factor = self._loss_factor()
+        loss, saving = self._loss_factor(), self._saving_factor()
         points = []
         for number, point in enumerate(budget.points):
             trial = self.done.get(number)
@@ -133,8 +138,8 @@ class Search:
                 FrontierPoint(
                     flops=budget.flops(point),
                     loss=point.loss,
-                    expected_quality=quality_at(self._measure, point.loss * factor),
-                    expected_time=budget.time(point),
+                    expected_quality=quality_at(self._measure, point.loss * loss),
+                    expected_time=1.0 - saving * self._saving(number),
                     quality=None if trial is None else trial.quality,
                     measured_time=None if trial is None or trial.timed is None else trial.timed.ratio,
                     chosen=number == at,
@@ -169,3 +174,9 @@ class Search:
         measured = sum(loss_at(self._measure, trial.quality) for trial in self.done.values())
         predicted = sum(self._budget.points[at].loss for at in self.done)
         return measured / predicted if predicted > 0 and 0 < measured < math.inf else 1.0
+
+    def _saving_factor(self) -> float:
+        """The same of the time that is saved; 1 where nothing was timed."""
+        timed = {at: trial.timed.ratio for at, trial in self.done.items() if trial.timed is not None}
+        predicted = sum(self._saving(at) for at in timed)
+        return sum(1.0 - ratio for ratio in timed.values()) / predicted if predicted > 0 else 1.0

@@ -45,7 +45,7 @@ def show(screen: Screen, report: TuneReport) -> None:
     screen.paragraph("data", text, column=_COLUMN)
     text = "expected before any conversion: nats of KL divergence for scores, 1 - cosine for embeddings"
     screen.paragraph("loss", text, column=_COLUMN)
-    text = "expected by the loss, scaled to what was measured, and by the cost model; measured where it was converted"
+    text = "expected by the loss and by the cost model, each scaled to what was measured where it was converted"
     screen.paragraph("frontier", text, column=_COLUMN)
     took = ", ".join(f"{part} {seconds:.1f} s" for part, seconds in report.stages.items() if seconds >= 0.05)
     screen.paragraph("took", took, column=_COLUMN)

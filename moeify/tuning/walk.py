@@ -10,8 +10,8 @@ _FARTHEST = 4.0  # a measured value may move the prediction by this factor at a 
 
 @dataclass
 class Walk:
-    """``predicted`` values rise along the sequence; wanted is the last position whose measured value is within
-    ``bound``. Of the prediction only one factor is learnt, that of the last measurement.
+    """``predicted`` values rise along the sequence, all of one sign; wanted is the last position whose measured value
+    is within ``bound``. Of the prediction only one factor is learnt, that of the last measurement.
     """
 
     predicted: Sequence[float]
@@ -49,7 +49,9 @@ class Walk:
         return first if self.met is None else None
 
     def _learn(self, at: int, value: float) -> None:
-        if self.predicted[at] > 0:
-            found = value / self.predicted[at]
+        predicted = self.predicted[at]
+        if predicted:
+            found = value / predicted
             least, most = self.factor / _FARTHEST, self.factor * _FARTHEST
-            self.factor = min(max(found, least), most) if found == found else most
+            worst = most if predicted > 0 else least
+            self.factor = min(max(found, least), most) if found == found else worst
