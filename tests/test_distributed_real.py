@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests import rank_work, ranks, sharded
+import moeify
+from tests import rank_work, ranks, sharded, small_llama
 
 SIZE = 2
 
@@ -15,22 +16,9 @@ SIZE = 2
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama of two layers as a converted ``.pt2``."""
-    transformers = pytest.importorskip("transformers")
-    import moeify
-
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=64,
-        hidden_size=16,
-        intermediate_size=40,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        use_cache=False,
-    )
     folder = tmp_path_factory.mktemp("llama")
-    transformers.LlamaForCausalLM(config).save_pretrained(folder / "dense")
-    moeify.convert_file(folder / "dense", folder / "llama.pt2", moeify.Recipe(experts=4, top_k=2))
+    dense = small_llama.saved(folder / "dense", vocab_size=64, intermediate_size=40)
+    moeify.convert_file(dense, folder / "llama.pt2", moeify.Recipe(experts=4, top_k=2))
     return folder / "llama.pt2"
 
 

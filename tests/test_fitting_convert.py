@@ -11,6 +11,7 @@ import transformers
 
 import moeify
 from moeify.cli.main import main
+from tests import small_llama
 
 WORDS = "it is a truth universally acknowledged that a single man in possession of a good fortune must want a wife. "
 SPLIT = {"method": "carve", "experts": 6, "top_k": 1, "shared": 2}
@@ -20,13 +21,8 @@ TEXT = ["--tokenizer", "bytes", "--sequence", "16"]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=128, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=32, bos_token_id=None, eos_token_id=None,
-    )  # fmt: skip
     path = tmp_path_factory.mktemp("fit")
-    transformers.LlamaForCausalLM(config).save_pretrained(path / "dense")
+    small_llama.saved(path / "dense", max_position_embeddings=32, bos_token_id=None, eos_token_id=None)
     (path / "book.txt").write_text(WORDS * 12)
     return path
 

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import moeify
+from tests import small_llama
 from tests.gpu import needs_gpu, relative
 
 pytestmark = needs_gpu
@@ -27,15 +28,9 @@ def run(device: str, ranks: int, *words: object) -> dict:
 
 def test_the_runner_gives_the_numbers_of_the_cpu(tmp_path: Path) -> None:
     """Evaluation, three steps, a checkpoint, and three steps more."""
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=128, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, use_cache=False,
-    )  # fmt: skip
-    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "dense")
+    dense = small_llama.saved(tmp_path / "dense", hidden_size=32, intermediate_size=48)
     recipe = moeify.Recipe(experts=4, top_k=2, router_losses=("switch",))
-    moeify.convert_file(tmp_path / "dense", tmp_path / "moe.pt2", recipe)
+    moeify.convert_file(dense, tmp_path / "moe.pt2", recipe)
     ids = torch.randint(8, 128, (24, 16))
     save_file({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, tmp_path / "data.safetensors")
     ranks = min(torch.cuda.device_count(), 4)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import moeify
 from moeify.run import main
-from tests import runs, sharded
+from tests import runs, sharded, small_llama
 
 WORDS = "it is a truth universally acknowledged that a single man in possession of a good fortune must want a wife"
 TRAIN = ("--steps", 6, "--lr", 1e-2, "--batch", 4)
@@ -24,20 +24,9 @@ TRAIN = ("--steps", 6, "--lr", 1e-2, "--batch", 4)
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama of two layers with 4 experts in each, as a ``.pt2``, and a text and tensors beside it."""
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=128,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        use_cache=False,
-    )
     folder = tmp_path_factory.mktemp("llama")
-    transformers.LlamaForCausalLM(config).save_pretrained(folder / "dense")
-    moeify.convert_file(folder / "dense", folder / "llama.pt2", moeify.Recipe(experts=4, top_k=2))
+    dense = small_llama.saved(folder / "dense", intermediate_size=24)
+    moeify.convert_file(dense, folder / "llama.pt2", moeify.Recipe(experts=4, top_k=2))
     draw = random.Random(0)
     (folder / "book.txt").write_text(" ".join(draw.choice(WORDS.split()) for _ in range(75)))
     ids = torch.randint(8, 128, (10, 6), generator=torch.Generator().manual_seed(0))

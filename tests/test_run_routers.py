@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import moeify
-from tests import runs
+from tests import runs, small_llama
 
 LOSSES = ("switch", "z{weight=0.1}", "importance")
 
@@ -17,21 +17,10 @@ LOSSES = ("switch", "z{weight=0.1}", "importance")
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama of one layer with a sigmoid-bias router, and padded data."""
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=128,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        use_cache=False,
-    )
     folder = tmp_path_factory.mktemp("llama")
-    transformers.LlamaForCausalLM(config).save_pretrained(folder / "dense")
+    dense = small_llama.saved(folder / "dense", intermediate_size=24, num_hidden_layers=1)
     recipe = moeify.Recipe(experts=4, top_k=2, router="sigmoid-bias{gamma=0.01}", router_losses=LOSSES)
-    moeify.convert_file(folder / "dense", folder / "llama.pt2", recipe)
+    moeify.convert_file(dense, folder / "llama.pt2", recipe)
     ids = torch.randint(8, 128, (10, 6), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
     mask[3, 4:] = mask[7, 1:] = 0

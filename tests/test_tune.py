@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
 from torch import Tensor, nn
 
 import moeify
@@ -27,6 +26,7 @@ from moeify.ir.program import Program
 from moeify.ir.recipe import Recipe
 from moeify.pipeline.default import FIND
 from moeify.pipeline.runner import run
+from tests import small_llama
 
 VOCABULARY, WIDTH, HIDDEN = 20, 8, 32
 INPUTS = ["input_ids=int64[batch=2,seq=6]{below=20}"]
@@ -268,12 +268,7 @@ def test_what_is_shown(tuned: Tuned, capsys, monkeypatch) -> None:
 
 
 def test_from_the_command_line(tmp_path: Path, capsys) -> None:
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=128, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=32, bos_token_id=None, eos_token_id=None,
-    )  # fmt: skip
-    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "dense")
+    small_llama.saved(tmp_path / "dense", max_position_embeddings=32, bos_token_id=None, eos_token_id=None)
     (tmp_path / "book.txt").write_text(WORDS * 20)
     common = [str(tmp_path / "dense"), "--data", str(tmp_path / "book.txt"), "--tokenizer", "bytes", "--sequence", "16"]
     files = {name: tmp_path / name for name in ("out.pt2", "r.toml", "plot.png")}

@@ -83,6 +83,14 @@ class ExpertPlan:
         return None if find is None else Units(self.num_experts, self.d_expert, lambda: find().experts_EW)
 
 
+def output_bias(block: Block, dtype: torch.dtype) -> WeightRecipe | None:
+    """The down bias [D] of a block whose experts are parts of it: once, outside them. None where it has none."""
+    bias = block.down_bias
+    if bias is None:
+        return None
+    return WeightRecipe(f"{block.anchor}.output_bias", bias.shape, (bias,), Tensor.clone, dtype)
+
+
 @dataclass(frozen=True)
 class Method:
     """A way to make experts. Options are fields; see ``moeify.registry``."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moeify.errors import BadRecipe, NotDivisible
-from moeify.experts.base import ExpertPlan, Material, Method
+from moeify.experts.base import ExpertPlan, Material, Method, output_bias
 from moeify.experts.cutting import check_can_be_cut
 from moeify.experts.shared import Shares, shared_experts
 from moeify.ir.block import Block, WeightRef
@@ -44,7 +44,6 @@ class Granular(Method):
             for role, ref in block.weights.items()
             if role != "down_bias"
         }
-        bias = block.down_bias
         return ExpertPlan(
             num_experts=recipe.experts,
             d_expert=block.d_ff // shards,
@@ -52,7 +51,7 @@ class Granular(Method):
             # The bias stands outside routed and shared experts alike.
             shared=shared_experts(block, recipe, shares, dtype, with_down_bias=False),
             shared_gate=recipe.shared_gate,
-            output_bias=None if bias is None else _output_bias(block.anchor, bias, dtype),
+            output_bias=output_bias(block, dtype),
             router_repeat=shards,
         )
 
@@ -83,10 +82,6 @@ def _check(block: Block, recipe: BlockRecipe, shards: int) -> None:
 
 def _choose(numbers: list[int]) -> str:
     return f"choose {'one of ' if len(numbers) > 1 else ''}{', '.join(map(str, numbers))}"
-
-
-def _output_bias(anchor: str, bias: WeightRef, dtype: torch.dtype) -> WeightRecipe:
-    return WeightRecipe(f"{anchor}.output_bias", bias.shape, (bias,), Tensor.clone, dtype)
 
 
 def _recipe(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moeify.errors import BadRecipe, NotDivisible, Refused
-from moeify.experts.base import ExpertPlan, Material, Method, Partition
+from moeify.experts.base import ExpertPlan, Material, Method, Partition, output_bias
 from moeify.experts.compensation import Compensation
 from moeify.experts.cutting import check_can_be_cut
 from moeify.ir.block import Block, WeightRef
@@ -86,10 +86,10 @@ class Split(Method):
 
         refs = {role: ref for role, ref in block.weights.items() if role != "down_bias"}
         experts = {role: _stacked(block, role, ref, parts, routed, dtype) for role, ref in refs.items()}
-        output_bias = None if block.down_bias is None else _output_bias(block, block.down_bias, dtype)
+        bias = output_bias(block, dtype)
         if self.compensate:
             compensation = Compensation(block, parts.experts, routed, mean, dtype)
-            experts["down_bias"], output_bias = compensation.down_bias(), compensation.output_bias()
+            experts["down_bias"], bias = compensation.down_bias(), compensation.output_bias()
         return ExpertPlan(
             num_experts=parts.experts,
             d_expert=parts.width,
@@ -97,7 +97,7 @@ class Split(Method):
             shared={role: _wide(block, role, ref, parts, always, dtype) for role, ref in refs.items()}
             if parts.shared
             else {},
-            output_bias=output_bias,
+            output_bias=bias,
             gate=1.0,
             find_partition=find,
         )
@@ -162,10 +162,6 @@ def check_profile(method: Method, block: Block, profile: BlockProfile | None) ->
             where=block.path,
             hint="profile with --gradients",
         )
-
-
-def _output_bias(block: Block, bias: WeightRef, dtype: torch.dtype) -> WeightRecipe:
-    return WeightRecipe(f"{block.anchor}.output_bias", bias.shape, (bias,), Tensor.clone, dtype)
 
 
 def _stacked(block: Block, role: str, ref: WeightRef, parts: Parts, units: _Units, dtype: torch.dtype) -> WeightRecipe:
