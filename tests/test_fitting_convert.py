@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -68,8 +69,9 @@ def test_from_the_command_line(folder: Path, tmp_path: Path, capsys, monkeypatch
     monkeypatch.setenv("COLUMNS", "100")
     output = tmp_path / "o.pt2"
     words = ["convert", f"{folder}/dense", "-o", str(output), *FLAGS, "--data", f"{folder}/book.txt", *TEXT]
-    assert main([*words, "--set", "*.1.mlp:repair=false"]) == 0
+    assert main([*words, "--set", "*.1.mlp:repair=false", "--fit-tokens", "512"]) == 0
     out = " ".join(capsys.readouterr().out.split())
+    assert re.search(r"hidden units profiled on \S+, 80 pieces of 16 tokens: 512 tokens", out)
     assert "fitted on " in out
     assert " others: rms error 0." in out
     assert " routed, 0." in out

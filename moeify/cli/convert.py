@@ -34,6 +34,7 @@ def convert(
     seed: options.Seed = None,
     inputs: options.Inputs = [],  # noqa: B006
     data: options.Learn = None,
+    fit_tokens: options.FitTokens = None,
     tokenizer: options.Tokenizer = None,
     sequence: options.Sequence = None,
     image_mean: options.ImageMean = None,
@@ -69,6 +70,7 @@ def convert(
         repair=repair,
         blocks=blocks,
         seed=seed,
+        tokens=fit_tokens,
     )
     mean, std = flags.numbers("--image-mean", image_mean), flags.numbers("--image-std", image_std)
     from moeify import api

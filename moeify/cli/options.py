@@ -31,6 +31,13 @@ Tokenizer = Annotated[
     str | None,
     typer.Option(metavar="PLACE", help="Of a text: its folder, a .gguf file, or 'bytes'.  [the model's folder]"),
 ]
+FitTokens = Annotated[
+    int | None,
+    typer.Option(
+        "--fit-tokens", min=1, metavar="N",
+        help="Rows (tokens, patches) of a block that are profiled and fitted to, at most.  [32768]",
+    ),
+]  # fmt: skip
 Sequence = Annotated[int | None, typer.Option(min=2, metavar="N", help="Tokens of a piece of text.  [128]")]
 ImageMean = Annotated[
     str | None, typer.Option(metavar="X,X,X", help="Of images, from 0 to 1.  [preprocessor_config.json, or 0.5]")

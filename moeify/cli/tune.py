@@ -49,9 +49,7 @@ def tune(
     take_time: Annotated[
         bool, typer.Option("--time/--no-time", help="Time conversions in ONNX Runtime, where it is installed.")
     ] = True,
-    fit_tokens: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Rows (tokens, patches) of a block that are fitted to, at most.")
-    ] = 32768,
+    fit_tokens: options.FitTokens = None,
     test_tokens: Annotated[
         int, typer.Option(min=1, metavar="N", help="Rows of a block that are measured on, at most.")
     ] = 4096,
@@ -78,7 +76,7 @@ def tune(
     debug: options.Debug = False,
 ) -> None:
     """Choose which blocks of MODEL to split and how far, for a quality or a speed, and measure what comes of it."""
-    recipe = flags.recipe(None, [], include, blocks=blocks, seed=seed)
+    recipe = flags.recipe(None, [], include, blocks=blocks, seed=seed, tokens=fit_tokens)
     mean, std = flags.numbers("--image-mean", image_mean), flags.numbers("--image-std", image_std)
     from moeify.api.tune import tune_file
     from moeify.api.tune_goal import Goal
@@ -89,7 +87,7 @@ def tune(
     if plot is not None:
         plots.check(plot)
     goal = Goal(
-        keep, speedup, tokens, threads, take_time, parts, tries, fit_tokens, test_tokens, classes,
+        keep, speedup, tokens, threads, take_time, parts, tries, recipe.tokens, test_tokens, classes,
         str(test) if test else None, points, flops,
     )  # fmt: skip
     with only_json(as_json), Bars() as bars:
