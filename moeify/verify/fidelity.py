@@ -23,6 +23,11 @@ def _parts(rows: Tensor) -> Iterator[slice]:
         yield slice(start, start + step)
 
 
+def _dot(a_ND: Tensor, b_ND: Tensor) -> Tensor:
+    """Row by row, [N]: without the products, which are as many as the values."""
+    return torch.bmm(a_ND.unsqueeze(1), b_ND.unsqueeze(2)).flatten()
+
+
 class RowErrors:
     """Values [N, D] against references [N, D]."""
 
@@ -33,10 +38,12 @@ class RowErrors:
     def add(self, value_ND: Tensor, reference_ND: Tensor) -> None:
         self.rows += len(reference_ND)
         for part in _parts(reference_ND):
-            value, reference = wide(value_ND[part]), wide(reference_ND[part])
-            self._wrong += float((value - reference).square().sum())
-            self._right += float(reference.square().sum())
-            product, sizes = (value * reference).sum(1), value.norm(dim=1) * reference.norm(dim=1)
+            value, reference = (wide(rows[part]).flatten(1) for rows in (value_ND, reference_ND))
+            difference = value - reference
+            right_N = _dot(reference, reference)
+            self._wrong += float(_dot(difference, difference).sum())
+            self._right += float(right_N.sum())
+            product, sizes = _dot(value, reference), _dot(value, value).sqrt() * right_N.sqrt()
             alike = (value == reference).all(1)  # rows of zeros have no direction
             self._cosines += float(torch.where(alike, 1.0, torch.where(sizes == 0, 0.0, product / sizes)).sum())
 
@@ -64,11 +71,15 @@ class LargestError:
         for part in _parts(reference):
             a, b = wide(value[part]), wide(reference[part])
             finite = b.isfinite()
+            if finite.all() and a.isfinite().all():  # as almost always: nothing has to be picked out
+                self._difference = max(self._difference, _largest(a - b))
+                self._scale = max(self._scale, _largest(b))
+                continue
             rest = torch.equal(a[~finite].nan_to_num(), b[~finite].nan_to_num())
             self._alike = self._alike and torch.equal(a.isfinite(), finite) and rest
             if self._alike and finite.any():
-                self._difference = max(self._difference, float((a - b)[finite].abs().max()))
-                self._scale = max(self._scale, float(b[finite].abs().max()))
+                self._difference = max(self._difference, _largest((a - b)[finite]))
+                self._scale = max(self._scale, _largest(b[finite]))
 
     @property
     def relative(self) -> float:
@@ -76,6 +87,12 @@ class LargestError:
         if not self._alike or (self._difference and not self._scale):
             return math.inf
         return self._difference / self._scale if self._scale else 0.0
+
+
+def _largest(values: Tensor) -> float:
+    """The largest absolute value."""
+    least, most = values.aminmax()
+    return max(-float(least), float(most))
 
 
 class Predictions:
