@@ -105,8 +105,9 @@ def test_activation(named: Any, name: str) -> None:
     """As far from float64 as torch's own float32 is, and the same where the result is infinite or NaN."""
     x = numbers()
     y, torchs, want = apply(named, name, x), ACTIVATIONS[name](x), ACTIVATIONS[name](x.double())
-    assert torch.equal(y.isnan(), torchs.isnan())
-    assert torch.equal(y.isinf() & x.isinf(), torchs.isinf() & x.isinf())
+    for kind in (torch.isnan, lambda v: v.isinf() & x.isinf()):
+        # Either way where torch does not agree with itself: its float32 GELU of infinity is NaN with AVX-512.
+        assert ((kind(y) == kind(torchs)) | (kind(y) == kind(want))).all()
     held = want.float().isfinite() & (want.abs() < 1e37)
     scale = want.abs().maximum(x.abs().double()).clamp(min=DENORMAL)
     mine, theirs = (((v - want).abs() / scale)[held].max() for v in (y, torchs))
