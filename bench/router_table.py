@@ -33,8 +33,8 @@ a router loss that it cannot do without, a fit on data before training, or `moei
 those whose gradient reaches it. A router that mixes tokens is refused in a causal model without `allow-causal=true`.
 
 The first columns are `moeify routers --table`, with default options. The last ones were tried with a small model by
-`python -m bench.router_table`, which writes this page: exported, run in the runtime and compared with the program, and
-the experts spread over two ranks.
+`python -m bench.router_table`, which writes this page: exported for the CPU, run in the runtime and compared with the
+program, and the experts spread over two ranks.
 
 Two gates of the literature are no routers and are refused by name, with the reason: `attentive` (Krishnamurthy et al.,
 arXiv 2302.14703) weighs experts by their hidden values, so all of them must run first; `moeify.nn.attentive` has it for
